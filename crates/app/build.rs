@@ -1,0 +1,96 @@
+//! Builds the kernel programs (crates/kernel) and hands their objects to
+//! `src/object.rs`, which carries them in the binary.
+//!
+//! Two toolchains will do, tried in this order:
+//! 1. rustup's nightly with `rust-src`: `core` is built for the BPF target;
+//! 2. a packaged Rust that has `core` for the BPF target (Debian:
+//!    `libstd-rust-web-dev-bpf`), with `RUSTC_BOOTSTRAP=1`.
+//!
+//! Both need `bpf-linker` in the PATH or in cargo's bin folder.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const TARGET: &str = "bpfel-unknown-none";
+/// Programs are compiled for the instruction set of Linux 5.1 and up.
+const RUSTFLAGS: &[&str] = &["-Ctarget-cpu=v3", "-Cdebuginfo=2", "-Clink-arg=--btf", "-Clinker=bpf-linker"];
+
+fn main() {
+    let manifest = PathBuf::from(var("CARGO_MANIFEST_DIR"));
+    let crates = manifest.parent().expect("crates/app has a parent");
+    for input in ["kernel/src", "kernel/Cargo.toml", "kernel/Cargo.lock", "abi/src", "logic/src"] {
+        println!("cargo:rerun-if-changed={}", crates.join(input).display());
+    }
+    let out = PathBuf::from(var("OUT_DIR"));
+    build(&crates.join("kernel"), &out);
+}
+
+fn build(kernel: &Path, out: &Path) {
+    let target_dir = out.join("kernel");
+    let mut cargo = toolchain();
+    cargo
+        .current_dir(kernel)
+        .args(["build", "--release", "--bins", "--locked", "--target", TARGET])
+        .arg("--target-dir")
+        .arg(&target_dir)
+        .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"))
+        .env("PATH", path_with_cargo_bin());
+    // What cargo tells this build script about the host's compiler must not
+    // reach the kernel side's.
+    for name in [
+        "RUSTC",
+        "RUSTDOC",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "RUSTFLAGS",
+        "CARGO",
+        "CARGO_BUILD_TARGET",
+    ] {
+        cargo.env_remove(name);
+    }
+    let status = cargo.status().unwrap_or_else(|e| panic!("cannot start {cargo:?}: {e}; run ./dev setup"));
+    assert!(status.success(), "the kernel programs did not build; run ./dev setup if a tool is missing");
+
+    let built = target_dir.join(TARGET).join("release");
+    for entry in fs::read_dir(kernel.join("src/bin")).expect("kernel/src/bin") {
+        let source = entry.expect("an entry of kernel/src/bin").path();
+        let name = source.file_stem().expect("a file name");
+        let object = out.join(name).with_extension("o");
+        fs::copy(built.join(name), &object)
+            .unwrap_or_else(|e| panic!("no object for {}: {e}", source.display()));
+    }
+}
+
+/// The cargo that can build for the BPF target.
+fn toolchain() -> Command {
+    if succeeds(Command::new("rustup").args(["run", "nightly", "rustc", "--version"])) {
+        let mut cargo = Command::new("rustup");
+        cargo.args(["run", "nightly", "cargo", "-Zbuild-std=core"]);
+        cargo.env_remove("RUSTUP_TOOLCHAIN");
+        return cargo;
+    }
+    let mut cargo = Command::new("cargo");
+    cargo.env("RUSTC_BOOTSTRAP", "1");
+    cargo
+}
+
+fn succeeds(command: &mut Command) -> bool {
+    command.output().is_ok_and(|output| output.status.success())
+}
+
+fn path_with_cargo_bin() -> OsString {
+    let mut folders: Vec<PathBuf> = env::var_os("PATH").iter().flat_map(env::split_paths).collect();
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+    folders.extend(home.map(|home| home.join("bin")));
+    env::join_paths(folders).expect("PATH holds no odd entry")
+}
+
+fn var(name: &str) -> OsString {
+    env::var_os(name).unwrap_or_else(|| panic!("cargo sets {name}"))
+}

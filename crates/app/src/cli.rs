@@ -1,0 +1,39 @@
+//! The command line. Each function keeps its own arguments in its module; this is
+//! the list of them.
+
+use clap::{Parser, Subcommand};
+
+use crate::{demo, doctor, error::Result};
+
+/// Moves, filters and watches this host's traffic inside the kernel.
+#[derive(Debug, Parser)]
+#[command(name = "underpass", version, about, max_term_width = 100)]
+#[command(
+    after_help = "Exit status: 0 done; 1 it failed while running; 2 the command line or the config is \
+                        wrong; 3 this kernel or these privileges cannot do it."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What this kernel and these privileges allow, function by function, and why not
+    Doctor(doctor::Args),
+    /// Every function at work in private network namespaces, with numbers
+    Demo(demo::Args),
+}
+
+impl Cli {
+    /// Does what the command line asks for.
+    ///
+    /// # Errors
+    /// Whatever the command reports; [`crate::error::Error::status`] is its exit status.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Doctor(args) => doctor::run(&args),
+            Command::Demo(args) => demo::run(&args),
+        }
+    }
+}

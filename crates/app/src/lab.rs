@@ -1,0 +1,145 @@
+//! Private network namespaces: where the demo, the benchmarks and the tests run.
+//!
+//! A namespace here has no name and no mount: it lives as long as somebody holds
+//! its descriptor or runs in it, so nothing is left behind, even after `kill -9`.
+
+use std::{
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    process::{Child, Command},
+};
+
+use anyhow::{Context as _, Result};
+use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth};
+
+/// A network namespace without a name. Its loopback interface is up.
+#[derive(Debug)]
+pub struct Namespace {
+    net: OwnedFd,
+}
+
+impl Namespace {
+    /// Makes a new, empty namespace.
+    ///
+    /// # Errors
+    /// Needs CAP_SYS_ADMIN.
+    pub fn new() -> Result<Self> {
+        let net = on_a_thread(|| -> io::Result<OwnedFd> {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            Ok(File::open("/proc/thread-self/ns/net")?.into())
+        })
+        .context("cannot make a network namespace (it takes CAP_SYS_ADMIN)")?;
+        let namespace = Self { net };
+        namespace.up("lo")?;
+        Ok(namespace)
+    }
+
+    /// Runs `f` on a thread inside the namespace and waits for it. Sockets that it
+    /// opens and processes that it starts belong to the namespace.
+    ///
+    /// # Panics
+    /// Where `f` does, and where the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        on_a_thread(|| {
+            setns(&self.net, CloneFlags::CLONE_NEWNET).expect("the right to enter a namespace");
+            f()
+        })
+    }
+
+    /// Starts a process inside the namespace.
+    ///
+    /// # Errors
+    /// Those of [`Command::spawn`].
+    pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.enter(|| command.spawn())
+    }
+
+    /// Joins this namespace with another by a veth pair, both ends up.
+    ///
+    /// # Errors
+    /// Where the kernel refuses, for instance as a name is taken.
+    pub fn join(&self, name: &str, other: &Self, other_name: &str) -> Result<()> {
+        let there = other.net.as_raw_fd();
+        self.netlink(async |handle| {
+            let peer = LinkMessageBuilder::<LinkUnspec>::new()
+                .name(other_name.to_owned())
+                .setns_by_fd(there)
+                .build();
+            // The builder's own peer has no namespace; this one has.
+            let link = LinkMessageBuilder::<LinkVeth>::new(name, other_name)
+                .set_info_data(rtnetlink::packet_route::link::InfoData::Veth(
+                    rtnetlink::packet_route::link::InfoVeth::Peer(peer),
+                ))
+                .build();
+            handle.link().add(link).execute().await
+        })
+        .with_context(|| format!("cannot join namespaces by a veth pair {name}-{other_name}"))?;
+        self.up(name)?;
+        other.up(other_name)
+    }
+
+    /// Sets an interface up.
+    ///
+    /// # Errors
+    /// Where there is no such interface.
+    pub fn up(&self, name: &str) -> Result<()> {
+        self.netlink(async |handle| {
+            let link = LinkMessageBuilder::<LinkUnspec>::new().name(name.to_owned()).up().build();
+            handle.link().set(link).execute().await
+        })
+        .with_context(|| format!("cannot set {name} up"))
+    }
+
+    /// Gives an interface an address, usable at once (no duplicate address detection).
+    ///
+    /// # Errors
+    /// Where there is no such interface or the kernel refuses the address.
+    pub fn address(&self, name: &str, address: impl Into<IpAddr>, prefix: u8) -> Result<()> {
+        let address = address.into();
+        let index = self.index(name)?;
+        self.netlink(async |handle| {
+            let mut add = handle.address().add(index, address, prefix);
+            add.message_mut().header.flags |= rtnetlink::packet_route::address::AddressHeaderFlags::Nodad;
+            add.execute().await
+        })
+        .with_context(|| format!("cannot give {name} the address {address}/{prefix}"))
+    }
+
+    /// The number of an interface.
+    ///
+    /// # Errors
+    /// Where there is no such interface.
+    pub fn index(&self, name: &str) -> Result<u32> {
+        self.enter(|| nix::net::if_::if_nametoindex(name)).with_context(|| format!("no interface {name}"))
+    }
+
+    /// Talks netlink inside the namespace.
+    fn netlink<T: Send>(
+        &self,
+        f: impl AsyncFnOnce(Handle) -> Result<T, rtnetlink::Error> + Send,
+    ) -> Result<T> {
+        self.enter(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection()?;
+                let connection = tokio::spawn(connection);
+                let result = f(handle).await;
+                connection.abort();
+                Ok(result?)
+            })
+        })
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.net.as_fd()
+    }
+}
+
+fn on_a_thread<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(f).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}

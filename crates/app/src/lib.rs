@@ -1,0 +1,10 @@
+//! underpass: moves, filters and watches a Linux host's traffic inside the kernel.
+//!
+//! The binary is `main.rs`; everything it does is here, so that tests can reach it.
+
+pub mod cli;
+pub mod demo;
+pub mod doctor;
+pub mod error;
+pub mod lab;
+pub mod object;

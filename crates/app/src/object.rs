@@ -1,0 +1,10 @@
+//! The kernel objects that this binary carries, one per function.
+
+macro_rules! object {
+    ($name:literal) => {
+        aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/", $name, ".o"))
+    };
+}
+
+/// The relay's verdict program.
+pub const RELAY: &[u8] = object!("relay");

@@ -1,0 +1,3 @@
+//! End to end, in private network namespaces, with the real binary. Needs root.
+
+mod lab;

@@ -1,0 +1,5 @@
+//! Parsing and decisions: the same code in the kernel programs, in the binary, in
+//! host tests, in property tests and in fuzzers. Pure: no IO, no clock, no memory
+//! allocation, and no `unsafe`.
+#![no_std]
+#![forbid(unsafe_code)]
