@@ -2,6 +2,7 @@
 //!
 //! The binary is `main.rs`; everything it does is here, so that tests can reach it.
 
+pub mod btf;
 pub mod cli;
 pub mod demo;
 pub mod doctor;
