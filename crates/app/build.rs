@@ -68,19 +68,43 @@ fn build(kernel: &Path, out: &Path) {
 
 /// The cargo that can build for the BPF target.
 fn toolchain() -> Command {
-    if succeeds(Command::new("rustup").args(["run", "nightly", "rustc", "--version"])) {
+    if let Some(sysroot) = sysroot(Command::new("rustup").args(["run", "nightly", "rustc"]))
+        && sysroot.join("lib/rustlib/src/rust/library/core").is_dir()
+    {
         let mut cargo = Command::new("rustup");
         cargo.args(["run", "nightly", "cargo", "-Zbuild-std=core"]);
         cargo.env_remove("RUSTUP_TOOLCHAIN");
         return cargo;
     }
-    let mut cargo = Command::new("cargo");
-    cargo.env("RUSTC_BOOTSTRAP", "1");
-    cargo
+    // Where rustup is first in the PATH, the packaged Rust still is in /usr/bin.
+    let path = env::var_os("PATH").unwrap_or_default();
+    for folder in env::split_paths(&path).chain(["/usr/bin".into()]) {
+        if let Some(sysroot) = sysroot(&mut Command::new(folder.join("rustc")))
+            && sysroot.join("lib/rustlib").join(TARGET).is_dir()
+        {
+            let mut cargo = Command::new(folder.join("cargo"));
+            cargo.env("RUSTC_BOOTSTRAP", "1").arg("--config").arg(rustc_of(&folder));
+            return cargo;
+        }
+    }
+    panic!(
+        "no Rust here builds for {TARGET}: it takes rustup's nightly with rust-src, or Debian's \
+         rustc-web, cargo-web and libstd-rust-web-dev-bpf; run ./dev setup"
+    )
 }
 
-fn succeeds(command: &mut Command) -> bool {
-    command.output().is_ok_and(|output| output.status.success())
+/// Tells cargo which compiler to take: RUSTC is removed from its environment.
+fn rustc_of(folder: &Path) -> OsString {
+    let mut config = OsString::from("build.rustc=\"");
+    config.push(folder.join("rustc"));
+    config.push("\"");
+    config
+}
+
+/// Where a compiler keeps its libraries; nothing if there is no such compiler.
+fn sysroot(rustc: &mut Command) -> Option<PathBuf> {
+    let output = rustc.args(["--print", "sysroot"]).output().ok().filter(|output| output.status.success())?;
+    Some(PathBuf::from(String::from_utf8(output.stdout).ok()?.trim()))
 }
 
 fn path_with_cargo_bin() -> OsString {

@@ -93,6 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn play(name: Name, quiet: bool) -> Result<Scene> {
+    #[expect(clippy::no_effect_underscore_binding, reason = "each scene takes it; there is none yet")]
     let _progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
     match name {}
 }
