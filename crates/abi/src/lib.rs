@@ -6,13 +6,14 @@
 //! a field says otherwise.
 #![no_std]
 
+pub mod mux;
 pub mod relay;
 
 /// Implements aya's `Pod` for types without padding whose every bit pattern is
 /// valid, and asserts their size.
 #[macro_export]
 macro_rules! pod {
-    ($($name:ty = $size:literal),+ $(,)?) => {$(
+    ($($name:ty = $size:expr),+ $(,)?) => {$(
         const _: () = assert!(core::mem::size_of::<$name>() == $size);
         // SAFETY: the type is `repr(C)`, `Copy`, made of integers only, and the
         // assertion above leaves no room for padding.

@@ -3,3 +3,8 @@
 //! allocation, and no `unsafe`.
 #![no_std]
 #![forbid(unsafe_code)]
+
+pub mod mux;
+
+#[cfg(test)]
+extern crate std;

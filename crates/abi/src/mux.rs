@@ -1,0 +1,96 @@
+//! The route table of `mux attach`: which port a datagram's payload asks for.
+//!
+//! Routes are grouped by shape, the place and length of their tag. A packet is
+//! looked at once per shape, however many routes share it: the tag is cut out of
+//! the 16 bytes that end where it ends, hashed, and found in one step, for
+//! `displacements` is computed so that no two routes share a slot.
+
+/// The most routes that a table holds.
+pub const MAX_ROUTES: usize = 1024;
+/// The most distinct pairs of offset and length that the tags of a table have.
+pub const MAX_SHAPES: usize = 32;
+/// The longest tag, in bytes.
+pub const MAX_TAG: usize = 16;
+/// Slots of the hash table, a power of two, at least twice [`MAX_ROUTES`].
+pub const SLOTS: usize = 2048;
+/// Displacements of the hash table, a power of two.
+pub const BUCKETS: usize = 512;
+/// An `order` that no route has: the slot is empty.
+pub const NO_ROUTE: u16 = u16::MAX;
+
+/// What happens to a datagram of the right length that no route takes: it goes to
+/// this port, or is one of the two below.
+pub type Fallback = u32;
+/// It passes as it came.
+pub const FALLBACK_PASS: Fallback = 0x1_0000;
+/// It is dropped.
+pub const FALLBACK_DROP: Fallback = 0x1_0001;
+
+/// Where in the payload some routes have their tags.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shape {
+    /// Which of the 16 bytes that end at `end` belong to the tag, as
+    /// [`Slot::tag`] has them: 0xff for each that does.
+    pub mask: [u64; 2],
+    /// Bytes from the start of the payload to the end of the tag.
+    pub end: u16,
+    /// The lowest [`Slot::order`] of this shape's routes. Shapes are sorted by it.
+    pub best: u16,
+    /// The length of the tag, 1 to [`MAX_TAG`] bytes.
+    pub length: u16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// One route, or an empty place for one.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    /// The 16 bytes that end where the tag ends, zero where they are not the
+    /// tag's, as two integers in the byte order of this machine.
+    pub tag: [u64; 2],
+    /// The index of the route's shape.
+    pub shape: u16,
+    /// The route's place on the command line: of several that match, the lowest wins.
+    pub order: u16,
+    /// The port that the datagram goes to.
+    pub port: u16,
+    /// The index of the route's counter.
+    pub counter: u16,
+}
+
+/// All that decides about a datagram.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Table {
+    /// The port that this is about.
+    pub port: u16,
+    /// How many of `shapes` are in use.
+    pub shape_count: u16,
+    /// The shortest payload that is valid, in bytes.
+    pub min_length: u32,
+    /// The longest payload that is valid, in bytes.
+    pub max_length: u32,
+    /// What happens to what no route takes.
+    pub fallback: Fallback,
+    /// What makes the hash different if no displacements can be found.
+    pub seed: u64,
+    /// The shapes, by [`Shape::best`].
+    pub shapes: [Shape; MAX_SHAPES],
+    /// What is added to the hashes of each bucket so that nothing collides.
+    pub displacements: [u16; BUCKETS],
+    /// The routes.
+    pub slots: [Slot; SLOTS],
+}
+
+impl Slot {
+    /// A place without a route.
+    pub const EMPTY: Self = Self { tag: [0; 2], shape: NO_ROUTE, order: NO_ROUTE, port: 0, counter: 0 };
+}
+
+crate::pod! {
+    Shape = 24,
+    Slot = 24,
+    Table = 24 + 24 * MAX_SHAPES + 2 * BUCKETS + 24 * SLOTS,
+}

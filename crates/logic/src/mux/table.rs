@@ -1,0 +1,268 @@
+//! Tags, many at once: the lookup in a [`Table`] and its construction.
+
+use underpass_abi::mux::{
+    BUCKETS, FALLBACK_DROP, MAX_ROUTES, MAX_SHAPES, MAX_TAG, NO_ROUTE, SLOTS, Shape, Slot, Table,
+};
+
+/// A route by its tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route<'a> {
+    /// Bytes of payload before the tag.
+    pub offset: u16,
+    /// The tag: 1 to [`MAX_TAG`] bytes.
+    pub tag: &'a [u8],
+    /// What the lookup gives.
+    pub port: u16,
+    /// The index of its counter.
+    pub counter: u16,
+}
+
+/// Why a route does not fit into a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Misfit {
+    /// It is one too many: there is room for [`MAX_ROUTES`].
+    Routes,
+    /// There are more than [`MAX_SHAPES`] distinct pairs of offset and length.
+    Shapes,
+    /// The tag is empty or longer than [`MAX_TAG`] bytes, or ends beyond 65,535 bytes.
+    Tag,
+    /// The same tag at the same place as another route.
+    Twice,
+}
+
+/// Finds the route that is first in order among those whose tags the payload has.
+///
+/// `window` gives the 16 bytes that end that many bytes after the payload's start
+/// (so they may begin before it), or none if the payload is shorter.
+#[inline(always)]
+pub fn find(table: &Table, window: impl Fn(usize) -> Option<[u64; 2]>) -> Option<&Slot> {
+    let mut found = None;
+    let mut order = NO_ROUTE;
+    for (index, shape) in table.shapes.iter().enumerate() {
+        if index >= usize::from(table.shape_count) || shape.best >= order {
+            break; // shapes are sorted: nothing better follows
+        }
+        let Some(bytes) = window(usize::from(shape.end)) else { continue };
+        let tag = [bytes[0] & shape.mask[0], bytes[1] & shape.mask[1]];
+        let slot = &table.slots[place(table, tag, index as u16)];
+        if slot.tag == tag && slot.shape == index as u16 && slot.order < order {
+            order = slot.order;
+            found = Some(slot);
+        }
+    }
+    found
+}
+
+/// [`find`] in a message that lies in memory.
+pub fn find_in<'t>(table: &'t Table, payload: &[u8]) -> Option<&'t Slot> {
+    find(table, |end| {
+        let mut window = [0; MAX_TAG];
+        let kept = end.min(MAX_TAG);
+        window[MAX_TAG - kept..].copy_from_slice(payload.get(end - kept..end)?);
+        Some(halves(window))
+    })
+}
+
+/// A window as the two integers that a table compares.
+#[inline(always)]
+pub fn halves(window: [u8; MAX_TAG]) -> [u64; 2] {
+    let (first, second) = window.split_at(8);
+    let half = |bytes: &[u8]| {
+        let mut half = [0; 8];
+        half.copy_from_slice(bytes);
+        u64::from_ne_bytes(half)
+    };
+    [half(first), half(second)]
+}
+
+/// Puts routes into a table, in their order, in place of those that it had.
+///
+/// Only `shape_count`, `seed`, `shapes`, `displacements` and `slots` are written.
+///
+/// # Errors
+/// The index of a route that does not fit, and why.
+pub fn build<'r>(
+    table: &mut Table,
+    routes: impl ExactSizeIterator<Item = Route<'r>> + Clone,
+) -> Result<(), (usize, Misfit)> {
+    if routes.len() > MAX_ROUTES {
+        return Err((MAX_ROUTES, Misfit::Routes));
+    }
+    collect_shapes(table, routes.clone())?;
+    // A seed fails only by chance, and not twice in a row: the table is half empty.
+    for seed in 0..64_u64 {
+        table.seed = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        if place_all(table, routes.clone())? {
+            return Ok(());
+        }
+    }
+    Err((0, Misfit::Routes))
+}
+
+/// An empty table that drops everything.
+pub const EMPTY: Table = Table {
+    port: 0,
+    shape_count: 0,
+    min_length: 0,
+    max_length: u16::MAX as u32,
+    fallback: FALLBACK_DROP,
+    seed: 0,
+    shapes: [Shape { mask: [0; 2], end: 0, best: NO_ROUTE, length: 0, reserved: 0 }; MAX_SHAPES],
+    displacements: [0; BUCKETS],
+    slots: [Slot::EMPTY; SLOTS],
+};
+
+/// The routes of a table, in their order: what [`build`] was given.
+pub fn routes(table: &Table) -> impl Iterator<Item = &Slot> {
+    (0..MAX_ROUTES as u16).map_while(|order| table.slots.iter().find(|slot| slot.order == order))
+}
+
+/// A route's tag: its offset, and its bytes at the end of the window.
+pub fn tag(table: &Table, slot: &Slot) -> (u16, [u8; MAX_TAG], usize) {
+    let shape = &table.shapes[usize::from(slot.shape) % MAX_SHAPES];
+    let mut window = [0; MAX_TAG];
+    window[..8].copy_from_slice(&slot.tag[0].to_ne_bytes());
+    window[8..].copy_from_slice(&slot.tag[1].to_ne_bytes());
+    (shape.end - shape.length, window, usize::from(shape.length))
+}
+
+fn collect_shapes<'r>(
+    table: &mut Table,
+    routes: impl Iterator<Item = Route<'r>>,
+) -> Result<(), (usize, Misfit)> {
+    let mut count = 0;
+    for (index, route) in routes.enumerate() {
+        let shape = shape_of(&route, index).ok_or((index, Misfit::Tag))?;
+        if table.shapes[..count].iter().any(|known| same(known, &shape)) {
+            continue;
+        }
+        *table.shapes.get_mut(count).ok_or((index, Misfit::Shapes))? = shape;
+        count += 1;
+    }
+    table.shape_count = count as u16;
+    Ok(())
+}
+
+fn shape_of(route: &Route<'_>, index: usize) -> Option<Shape> {
+    let length = route.tag.len();
+    let end = usize::from(route.offset) + length;
+    if !(1..=MAX_TAG).contains(&length) || end > usize::from(u16::MAX) {
+        return None;
+    }
+    let mut mask = [0; MAX_TAG];
+    mask[MAX_TAG - length..].fill(0xff);
+    Some(Shape {
+        mask: halves(mask),
+        end: end as u16,
+        best: index as u16,
+        length: length as u16,
+        reserved: 0,
+    })
+}
+
+fn same(one: &Shape, other: &Shape) -> bool {
+    (one.end, one.length) == (other.end, other.length)
+}
+
+/// Places all routes with the table's seed, the fullest buckets first. Gives
+/// whether that was possible.
+fn place_all<'r>(
+    table: &mut Table,
+    routes: impl ExactSizeIterator<Item = Route<'r>> + Clone,
+) -> Result<bool, (usize, Misfit)> {
+    table.displacements = [0; BUCKETS];
+    table.slots = [Slot::EMPTY; SLOTS];
+    let mut bucket_of = [NO_ROUTE; MAX_ROUTES];
+    let mut sizes = [0_u16; BUCKETS];
+    for (index, route) in routes.clone().enumerate() {
+        let slot = slot_of(table, &route, index);
+        let bucket = bucket(hash(table.seed, slot.tag, slot.shape));
+        bucket_of[index] = bucket as u16;
+        sizes[bucket] += 1;
+    }
+    let largest = sizes.iter().copied().max().unwrap_or(0);
+    for size in (1..=largest).rev() {
+        for full in (0..BUCKETS).filter(|bucket| sizes[*bucket] == size) {
+            let of = &bucket_of;
+            let members =
+                || routes.clone().enumerate().filter(move |(index, _)| usize::from(of[*index]) == full);
+            if !place_bucket(table, full, members)? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn place_bucket<'r, I: Iterator<Item = (usize, Route<'r>)>>(
+    table: &mut Table,
+    bucket: usize,
+    members: impl Fn() -> I,
+) -> Result<bool, (usize, Misfit)> {
+    for displacement in 0..4 * SLOTS as u16 {
+        table.displacements[bucket] = displacement;
+        let mut placed = 0;
+        for (index, route) in members() {
+            let slot = slot_of(table, &route, index);
+            let at = place(table, slot.tag, slot.shape);
+            let there = table.slots[at];
+            if there.order != NO_ROUTE {
+                if there.tag == slot.tag && there.shape == slot.shape {
+                    return Err((index, Misfit::Twice));
+                }
+                break;
+            }
+            table.slots[at] = slot;
+            placed += 1;
+        }
+        if placed == members().count() {
+            return Ok(true);
+        }
+        for (index, _) in members().take(placed) {
+            if let Some(slot) = table.slots.iter_mut().find(|slot| slot.order == index as u16) {
+                *slot = Slot::EMPTY;
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn slot_of(table: &Table, route: &Route<'_>, index: usize) -> Slot {
+    let mut window = [0; MAX_TAG];
+    window[MAX_TAG - route.tag.len()..].copy_from_slice(route.tag);
+    let end = route.offset + route.tag.len() as u16;
+    let length = route.tag.len() as u16;
+    let shape = table.shapes.iter().position(|shape| (shape.end, shape.length) == (end, length));
+    Slot {
+        tag: halves(window),
+        shape: shape.map_or(NO_ROUTE, |shape| shape as u16),
+        order: index as u16,
+        port: route.port,
+        counter: route.counter,
+    }
+}
+
+/// The slot where a tag must be, if it is in the table at all.
+#[inline(always)]
+fn place(table: &Table, tag: [u64; 2], shape: u16) -> usize {
+    let hash = hash(table.seed, tag, shape);
+    let displacement = u64::from(table.displacements[bucket(hash) & (BUCKETS - 1)]);
+    // The factor is odd, so that each displacement leads to another slot.
+    (hash.wrapping_add(displacement.wrapping_mul(hash >> 32 | 1)) & (SLOTS as u64 - 1)) as usize
+}
+
+#[inline(always)]
+fn bucket(hash: u64) -> usize {
+    const BITS: u32 = BUCKETS.trailing_zeros();
+    (hash >> (u64::BITS - BITS)) as usize
+}
+
+#[inline(always)]
+fn hash(seed: u64, tag: [u64; 2], shape: u16) -> u64 {
+    let mut hash = seed ^ u64::from(shape);
+    for half in tag {
+        hash = (hash ^ half).wrapping_mul(0x9fb2_1c65_1e98_df25);
+        hash ^= hash >> 29;
+    }
+    hash
+}
