@@ -8,3 +8,5 @@ macro_rules! object {
 
 /// The relay's verdict program.
 pub const RELAY: &[u8] = object!("relay");
+/// The packet library alone, for its tests and benchmarks.
+pub const PACKET: &[u8] = object!("packet");

@@ -1,5 +1,8 @@
 //! What all kernel programs share.
 #![no_std]
+#![feature(asm_experimental_arch)]
+
+pub mod packet;
 
 /// The licence that each object declares to the kernel.
 #[macro_export]

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod mux;
+pub mod packet;
 
 #[cfg(test)]
 extern crate std;

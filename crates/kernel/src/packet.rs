@@ -1,0 +1,285 @@
+//! Packets in XDP and TC, for the parsing and rewriting of `underpass_logic::packet`.
+//!
+//! All raw access to packets is here. Offsets reach [`Packet::bytes`] as plain
+//! numbers, so the verifier has to be shown, at each access, that the bytes are
+//! within the packet. Three tricks do that, on 5.10 as on the newest kernel:
+//! - The offset is masked, added to the packet's start and the end of the access is
+//!   formed in one `asm!` block. In plain Rust, LLVM rewrites `p + 1 > end` to `p >= end`
+//!   and then splits or hoists the comparison: "invalid access to packet, off=0
+//!   size=1, R1(id=1,off=0,r=0)". Without the mask, 5.10 and 6.1 say "math between
+//!   pkt pointer and register with unbounded min value is not allowed".
+//! - [`Packet::forget`] makes an offset unknown again. Without it the verifier
+//!   follows every combination of header lengths on its own: "BPF program is too
+//!   large. Processed 1000001 insn".
+//! - Loads of 2, 4 and 8 bytes are `asm!` too: packets are not aligned, and from
+//!   Rust LLVM would load byte by byte. They are `pure`, so what is not used is
+//!   not loaded.
+
+use core::{arch::asm, mem::MaybeUninit};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
+    programs::{TcContext, XdpContext},
+};
+use underpass_logic::packet::{Packet, PacketMut, Short, checksum};
+
+/// The offsets at which a packet can be read: below 16 KiB. A mask of the offset
+/// must not change it, and the verifier knows no packet pointer beyond 64 KiB.
+const LIMIT: usize = 0x3fff;
+/// `BPF_F_MARK_MANGLED_0`: a UDP checksum of 0 stays, one that becomes 0 is 0xffff.
+const MARK_MANGLED_0: u64 = 1 << 5;
+/// `BPF_F_PSEUDO_HDR`: the change is in the pseudo-header.
+const PSEUDO_HDR: u64 = 1 << 4;
+
+/// A packet in XDP.
+pub struct XdpPacket {
+    ctx: XdpContext,
+}
+
+impl XdpPacket {
+    #[inline(always)]
+    pub fn new(ctx: XdpContext) -> Self {
+        Self { ctx }
+    }
+
+    /// The interface that the packet came in on.
+    #[inline(always)]
+    pub fn interface(&self) -> u32 {
+        self.ctx.ingress_ifindex() as u32
+    }
+}
+
+impl Packet for XdpPacket {
+    const MAYBE_PARTIAL: bool = true;
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
+        let from = pointer::<N>(self.ctx.data(), self.ctx.data_end(), at)?;
+        // SAFETY: `pointer` has compared the access with the packet's end.
+        Ok(unsafe { load(from) })
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.ctx.data_end() - self.ctx.data()
+    }
+
+    #[inline(always)]
+    fn forget(&self, at: usize) -> usize {
+        forget(at, self.ctx.rx_queue_index())
+    }
+}
+
+impl PacketMut for XdpPacket {
+    #[inline(always)]
+    fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
+        let to = pointer::<N>(self.ctx.data(), self.ctx.data_end(), at)?;
+        // SAFETY: `pointer` has compared the access with the packet's end.
+        unsafe { to.cast::<[u8; N]>().write(bytes) };
+        Ok(())
+    }
+}
+
+/// A packet in TC.
+pub struct TcPacket {
+    ctx: TcContext,
+}
+
+impl TcPacket {
+    #[inline(always)]
+    pub fn new(ctx: TcContext) -> Self {
+        Self { ctx }
+    }
+
+    /// The interface that the packet came in on or leaves by.
+    #[inline(always)]
+    pub fn interface(&self) -> u32 {
+        // SAFETY: the kernel hands out a context that is valid during the program.
+        unsafe { (*self.ctx.skb.skb).ifindex }
+    }
+
+    #[cold]
+    #[inline(always)]
+    fn load_bytes<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes N bytes, or fails.
+        unsafe {
+            if bpf_skb_load_bytes(self.ctx.as_ptr(), at as u32, bytes.as_mut_ptr().cast(), N as u32) != 0 {
+                return Err(Short);
+            }
+            Ok(bytes.assume_init())
+        }
+    }
+}
+
+impl Packet for TcPacket {
+    /// Bytes behind the linear part of the packet are fetched by a helper.
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
+        match pointer::<N>(self.ctx.data(), self.ctx.data_end(), at) {
+            // SAFETY: `pointer` has compared the access with the linear part's end.
+            Ok(from) => Ok(unsafe { load(from) }),
+            Err(Short) => self.load_bytes(at),
+        }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.ctx.len() as usize
+    }
+
+    #[inline(always)]
+    fn forget(&self, at: usize) -> usize {
+        forget(at, self.ctx.len())
+    }
+}
+
+impl PacketMut for TcPacket {
+    #[inline(always)]
+    fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
+        // SAFETY: the helper reads N bytes of `bytes`.
+        let result = unsafe {
+            bpf_skb_store_bytes(self.ctx.as_ptr().cast(), at as u32, bytes.as_ptr().cast(), N as u32, 0)
+        };
+        if result == 0 { Ok(()) } else { Err(Short) }
+    }
+
+    /// The helper knows whether the checksum is complete, so here nothing is guessed.
+    #[inline(always)]
+    fn update_checksum<const N: usize>(
+        &mut self,
+        place: &checksum::Place,
+        old: [u8; N],
+        new: [u8; N],
+    ) -> Result<(), Short> {
+        let mut flags = 0;
+        if place.zero_is_none {
+            flags |= MARK_MANGLED_0;
+        }
+        if place.pseudo_header {
+            flags |= PSEUDO_HDR;
+        }
+        let mut result = 0;
+        if N == 2 {
+            let word = |bytes: [u8; N]| u64::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
+            // SAFETY: the helper checks the offset.
+            result |= unsafe {
+                bpf_l4_csum_replace(
+                    self.ctx.as_ptr().cast(),
+                    place.at as u32,
+                    word(old),
+                    word(new),
+                    flags | 2,
+                )
+            };
+        } else {
+            for (old, new) in old.as_chunks().0.iter().zip(new.as_chunks().0) {
+                let word = |bytes: &[u8; 4]| u64::from(u32::from_ne_bytes(*bytes));
+                // SAFETY: the helper checks the offset.
+                result |= unsafe {
+                    bpf_l4_csum_replace(
+                        self.ctx.as_ptr().cast(),
+                        place.at as u32,
+                        word(old),
+                        word(new),
+                        flags | 4,
+                    )
+                };
+            }
+        }
+        if result == 0 { Ok(()) } else { Err(Short) }
+    }
+}
+
+/// The address of `N` bytes at offset `at`, if they are before `data_end`.
+#[inline(always)]
+fn pointer<const N: usize>(data: usize, data_end: usize, at: usize) -> Result<*mut u8, Short> {
+    if at > LIMIT {
+        return Err(Short);
+    }
+    let mut start = at;
+    let end: usize;
+    // SAFETY: arithmetic on registers. The packet's start is a pointer in its low
+    // bits and all others, so adding an offset of 14 bits cannot wrap.
+    unsafe {
+        asm!(
+            "{start} &= {limit}",
+            "{start} += {data}",
+            "{end} = {start}",
+            "{end} += {length}",
+            start = inout(reg) start,
+            data = in(reg) data,
+            end = lateout(reg) end,
+            limit = const LIMIT,
+            length = const N,
+            options(pure, nomem, nostack),
+        );
+    }
+    if end > data_end {
+        return Err(Short);
+    }
+    Ok(core::ptr::with_exposed_provenance_mut(start))
+}
+
+/// `at`, which is the same after two XORs with the same value.
+#[inline(always)]
+fn forget(at: usize, unknown: u32) -> usize {
+    let mut at = at;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!(
+            "{at} ^= {unknown}",
+            "{at} ^= {unknown}",
+            at = inout(reg) at,
+            unknown = in(reg) u64::from(unknown),
+            options(pure, nomem, nostack),
+        );
+    }
+    at
+}
+
+/// Loads `N` bytes: addresses in the widest steps, anything else in steps of two,
+/// as most fields have.
+///
+/// # Safety
+/// The verifier must know them to be within the packet.
+#[inline(always)]
+unsafe fn load<const N: usize>(from: *const u8) -> [u8; N] {
+    let mut bytes = [0; N];
+    macro_rules! step {
+        ($width:literal, $type:literal, $int:ty, $($at:literal)*) => {$(
+            if $at + $width <= N {
+                let value: u64;
+                // SAFETY: within the N bytes, which the caller has vouched for.
+                unsafe {
+                    asm!(
+                        concat!("{value} = *(", $type, " *)({from} + ", $at, ")"),
+                        value = out(reg) value,
+                        from = in(reg) from,
+                        options(pure, readonly, nostack),
+                    );
+                }
+                let value = (value as $int).to_ne_bytes();
+                let mut i = 0;
+                while i < $width {
+                    bytes[$at + i] = value[i];
+                    i += 1;
+                }
+            }
+        )*};
+    }
+    if N == 16 {
+        step!(8, "u64", u64, 0 8);
+    } else if N == 4 {
+        step!(4, "u32", u32, 0);
+    } else {
+        step!(2, "u16", u16, 0 2 4 6 8 10 12 14 16 18 20 22 24 26 28 30 32 34 36 38);
+        if N % 2 == 1 {
+            // SAFETY: within the N bytes, which the caller has vouched for.
+            bytes[N - 1] = unsafe { *from.add(N - 1) };
+        }
+    }
+    const { assert!(N <= 40, "no header is longer") };
+    bytes
+}
