@@ -1,0 +1,47 @@
+//! `./dev bench FUNCTION`: each function beside its peers, interleaved in one run.
+//! A function's measurements are in the module of its name; `report` is what they
+//! share: samples, medians, the page in docs/benchmarks/ and its plots.
+
+mod load;
+mod peers;
+mod plot;
+mod relay;
+mod report;
+
+use clap::{Parser, Subcommand};
+
+/// Measures underpass beside its peers and writes docs/benchmarks/.
+#[derive(Debug, Parser)]
+#[command(name = "./dev bench", bin_name = "./dev bench")]
+struct Cli {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The relay's paths beside haproxy, nginx stream, socat and realm
+    Relay(relay::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    leave_on_interrupt()?;
+    match cli.bench {
+        Bench::Relay(args) => relay::run(&args),
+    }
+}
+
+/// As the first process of a namespace of processes (./dev starts it so, that its
+/// children die with it) the default action of a signal does not apply: exit by hand.
+fn leave_on_interrupt() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(130);
+            }
+        });
+    });
+    Ok(())
+}
