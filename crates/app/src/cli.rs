@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{demo, doctor, error::Result};
+use crate::{demo, doctor, error::Result, relay};
 
 /// Moves, filters and watches this host's traffic inside the kernel.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Forward a TCP port to a target, directly or through a proxy, or pair clients with each other
+    Relay(relay::Args),
     /// What this kernel and these privileges allow, function by function, and why not
     Doctor(doctor::Args),
     /// Every function at work in private network namespaces, with numbers
@@ -32,6 +34,7 @@ impl Cli {
     /// Whatever the command reports; [`crate::error::Error::status`] is its exit status.
     pub fn run(self) -> Result<()> {
         match self.command {
+            Command::Relay(args) => relay::run(args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Demo(args) => demo::run(&args),
         }

@@ -2,10 +2,13 @@
 //!
 //! The binary is `main.rs`; everything it does is here, so that tests can reach it.
 
+pub mod address;
 pub mod btf;
 pub mod cli;
 pub mod demo;
 pub mod doctor;
 pub mod error;
 pub mod lab;
+pub mod logging;
 pub mod object;
+pub mod relay;

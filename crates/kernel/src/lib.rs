@@ -3,6 +3,7 @@
 #![feature(asm_experimental_arch)]
 
 pub mod packet;
+pub mod socket;
 
 /// The licence that each object declares to the kernel.
 #[macro_export]

@@ -6,6 +6,7 @@
 
 pub mod mux;
 pub mod packet;
+pub mod relay;
 
 #[cfg(test)]
 extern crate std;

@@ -1,19 +1,131 @@
-//! The relay's kernel path: moves bytes between two joined sockets.
+//! The relay's kernel path: moves what arrives on one of two joined sockets to the
+//! other's send queue. The rules are in `logic::relay`; this translates.
 #![no_std]
 #![no_main]
 
 use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, sk_action::SK_DROP, sk_action::SK_PASS},
     macros::{map, stream_verdict},
-    maps::SockHash,
+    maps::{Array, HashMap, RingBuf, SockHash},
     programs::SkBuffContext,
 };
+use underpass_abi::relay::{
+    BROKEN_GAP, BROKEN_REDIRECT, BROKEN_TRIM, Credit, EVENT_BROKEN, Progress,
+};
+use underpass_kernel::socket;
+use underpass_logic::relay::{Gap, Verdict, decide, overlap};
 
 underpass_kernel::license!();
 
+/// A socket's cookie to the socket itself: membership starts the verdict program.
 #[map]
-static SOCKETS: SockHash<u64> = SockHash::with_max_entries(16, 0);
+static SOCKETS: SockHash<u64> = SockHash::with_max_entries(1, 0);
+
+/// A socket's cookie to the socket that it is joined with. Filled before `SOCKETS`,
+/// and without a program, so that no segment is judged before its way is known.
+#[map]
+static PEERS: SockHash<u64> = SockHash::with_max_entries(1, 0);
+
+/// A socket's cookie to the slot of the direction that begins there.
+#[map]
+static COOKIE_TO_SLOT: HashMap<u64, u32> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map]
+static PROGRESS: Array<Progress> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[map]
+static CREDITS: Array<Credit> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Slots that the user side has to look at.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
+
+/// The offset of `write_seq` in the kernel's `struct tcp_sock`; set before loading.
+#[unsafe(no_mangle)]
+static WRITE_SEQ: u32 = 0;
 
 #[stream_verdict]
-pub fn relay_verdict(_ctx: SkBuffContext) -> u32 {
-    1
+pub fn relay_verdict(ctx: SkBuffContext) -> u32 {
+    // A FIN comes as a segment without bytes; redirecting it would break the other
+    // socket's queue. The user side learns of it from EPOLLRDHUP.
+    if ctx.len() == 0 {
+        return SK_DROP;
+    }
+    let cookie = socket::cookie(&ctx);
+    let Some(slot) = COOKIE_TO_SLOT.get_ptr(cookie) else {
+        return SK_PASS;
+    };
+    // SAFETY: an entry is removed only after its sockets are closed.
+    let slot = unsafe { *slot };
+    let (Some(progress), Some(credit)) = (PROGRESS.get_ptr_mut(slot), CREDITS.get_ptr(slot)) else {
+        return SK_PASS;
+    };
+    // SAFETY: both point into maps that live as long as the program. The kernel
+    // holds the source socket's lock around a verdict, so nobody else has this
+    // slot's progress; the user side writes only the credit, in whole words.
+    let (progress, credit) = unsafe { (&mut *progress, credit.read_volatile()) };
+    match judge(&ctx, cookie, slot, progress, &credit) {
+        Ok(action) => action,
+        Err(reason) => {
+            progress.broken = reason;
+            let _ = EVENTS.output::<u32>(slot | EVENT_BROKEN, 0);
+            SK_DROP
+        }
+    }
+}
+
+#[inline(always)]
+fn judge(
+    ctx: &SkBuffContext,
+    cookie: u64,
+    slot: u32,
+    progress: &mut Progress,
+    credit: &Credit,
+) -> Result<u32, u32> {
+    let seq = socket::segment_seq(ctx);
+    let len = ctx.len();
+    let Some(write_seq) = socket::write_seq(&PEERS, cookie, &WRITE_SEQ) else {
+        return Err(BROKEN_REDIRECT);
+    };
+    let old = overlap(progress, seq).map_err(|Gap| BROKEN_GAP)?;
+    if progress.started == 0 {
+        progress.started = 1;
+        progress.base_seq = write_seq;
+    }
+    if old >= len {
+        progress.trimmed += len as u64;
+        return Ok(SK_DROP);
+    }
+    progress.last_end = seq.wrapping_add(len);
+    if old > 0 {
+        socket::trim(ctx, old).map_err(|_| BROKEN_TRIM)?;
+        progress.trimmed += old as u64;
+    }
+    progress.segments += 1;
+    let len = len - old;
+    match decide(progress, credit, write_seq, len) {
+        Verdict::Redirect => redirect(ctx, cookie, progress, len),
+        Verdict::Pass => {
+            progress.passed += len as u64;
+            Ok(SK_PASS)
+        }
+        Verdict::PassAndTell => {
+            progress.passed += len as u64;
+            if EVENTS.output::<u32>(slot, 0).is_ok() {
+                return Ok(SK_PASS);
+            }
+            // Nobody would ever fetch what is passed: over the limit is the lesser evil.
+            progress.passed -= len as u64;
+            redirect(ctx, cookie, progress, len)
+        }
+    }
+}
+
+#[inline(always)]
+fn redirect(ctx: &SkBuffContext, cookie: u64, progress: &mut Progress, len: u32) -> Result<u32, u32> {
+    if PEERS.redirect_skb(ctx, cookie, 0) as u32 != SK_PASS {
+        return Err(BROKEN_REDIRECT);
+    }
+    progress.redirected += len as u64;
+    Ok(SK_PASS)
 }

@@ -1,0 +1,380 @@
+//! Accepts clients, finds each its other side, and gives both to a worker.
+
+use std::{
+    fs::File,
+    io,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{SignalKind, signal},
+    time::MissedTickBehavior,
+};
+use tracing::{info, warn};
+
+use super::{
+    Args,
+    dial::{self, dial},
+    engine::{Engine, prepare},
+    report::{self, Counts},
+    settings::{Settings, Target, To},
+    tcp,
+    worker::Job,
+};
+use crate::{
+    address::{HostPort, Listen},
+    error::{Error, Result},
+};
+
+/// Descriptors that are not for connections: epoll sets, maps, pipes kept, logs.
+const RESERVED_DESCRIPTORS: u64 = 256;
+/// As many connections may wait to be accepted, if the kernel's own limit
+/// (`net.core.somaxconn`) allows.
+const BACKLOG: i32 = 4096;
+const SUMMARY: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(args: Args) -> Result<()> {
+    let settings = args.settings()?;
+    crate::logging::start();
+    let most = raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
+    runtime.block_on(async {
+        if let To::Target(Target { address, via }) = &settings.to {
+            let resolved = via.as_ref().map_or(address, |proxy| &proxy.address);
+            dial::resolve(resolved).await.map_err(anyhow::Error::from)?;
+        }
+        let listener = listen(&settings.listen).await?;
+        let engine = Engine::start(settings.choice)?;
+        Relay::new(settings, engine, most).serve(listener).await
+    })
+}
+
+/// What accepting connections takes.
+struct Relay {
+    settings: Settings,
+    target: String,
+    /// The target's address, if connecting to it needs no name and no proxy.
+    direct: Option<SocketAddr>,
+    engine: Engine,
+    counts: Counts,
+    /// As many connections as there are descriptors for.
+    most: usize,
+}
+
+impl Relay {
+    fn new(settings: Settings, engine: Engine, most: usize) -> Arc<Self> {
+        let (target, direct) = match &settings.to {
+            To::Pair => ("pair".into(), None),
+            To::Target(Target { address, via }) => {
+                let ip = address.ip().filter(|_| via.is_none());
+                (address.to_string(), ip.map(|ip| (ip, address.port).into()))
+            }
+        };
+        Arc::new(Self { settings, target, direct, engine, counts: Counts::default(), most })
+    }
+
+    async fn serve(self: Arc<Self>, listener: TcpListener) -> Result<()> {
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for Ctrl-C")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut summary = tokio::time::interval_at(tokio::time::Instant::now() + SUMMARY, SUMMARY);
+        summary.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let address = listener.local_addr().context("no local address")?;
+        info!(listen = %address, to = self.target, kernel = self.engine.kernel, "ready");
+        let listener = readable(listener).context("cannot watch the listener")?;
+        let mut acceptor = Acceptor::new(Arc::clone(&self));
+        loop {
+            tokio::select! {
+                result = acceptor.accept(&listener) => result.context("cannot accept")?,
+                _ = summary.tick(), if !self.settings.log_connections => self.counts.log(),
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+            }
+        }
+        drop((listener, acceptor));
+        self.stop().await;
+        Ok(())
+    }
+
+    /// Lets connections finish for the grace time, then ends them.
+    async fn stop(&self) {
+        let open = || self.counts.open.load(Ordering::Relaxed);
+        info!(open = open(), grace = ?self.settings.grace, "stopping");
+        let until = Instant::now() + self.settings.grace;
+        while open() > 0 && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.engine.stop();
+        // Their last log lines.
+        let until = Instant::now() + Duration::from_secs(1);
+        while open() > 0 && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.counts.log();
+    }
+
+    /// Connects a client with the target.
+    fn forward(self: &Arc<Self>, client: TcpStream, peer: SocketAddr) {
+        let begun = Instant::now();
+        let Some(direct) = self.direct else {
+            let relay = Arc::clone(self);
+            tokio::spawn(async move { relay.dial(client, peer, begun).await });
+            return;
+        };
+        match dial::start(direct) {
+            Ok(target) => {
+                let until = begun + self.settings.connect_timeout;
+                self.carry([client, target], peer, begun, Some(until), self.target.clone());
+            }
+            Err(error) => self.unreached(&client, peer, &error, begun),
+        }
+    }
+
+    async fn dial(self: Arc<Self>, client: TcpStream, peer: SocketAddr, begun: Instant) {
+        let To::Target(target) = &self.settings.to else { return };
+        match dial(target, self.settings.connect_timeout).await {
+            Ok(target) => self.carry([client, target], peer, begun, None, self.target.clone()),
+            Err(error) => self.unreached(&client, peer, &error, begun),
+        }
+    }
+
+    fn unreached(&self, client: &TcpStream, peer: SocketAddr, error: &dyn std::fmt::Display, begun: Instant) {
+        tcp::reset_on_close(client);
+        self.counts.open.fetch_sub(1, Ordering::Relaxed);
+        self.counts.failed.fetch_add(1, Ordering::Relaxed);
+        report::log_unreached(peer, &self.target, error, begun.elapsed());
+    }
+
+    fn carry(
+        self: &Arc<Self>,
+        [client, target]: [TcpStream; 2],
+        peer: SocketAddr,
+        begun: Instant,
+        connecting: Option<Instant>,
+        name: String,
+    ) {
+        let relay = Arc::clone(self);
+        self.engine.carry(Job {
+            client,
+            target,
+            connecting,
+            early: vec![],
+            choice: self.engine.choice,
+            idle: self.settings.idle_timeout,
+            done: Box::new(move |report| {
+                relay.counts.add(&report);
+                if relay.settings.log_connections {
+                    report::log(peer, &name, &report, begun.elapsed());
+                }
+                relay.counts.open.fetch_sub(1, Ordering::Relaxed);
+            }),
+        });
+    }
+}
+
+/// Accepts connections, within the limit.
+struct Acceptor {
+    relay: Arc<Relay>,
+    /// Given up for a moment when descriptors run out, so that a client can be
+    /// accepted and closed instead of left waiting.
+    spare: Option<File>,
+    warned: Option<Instant>,
+    waiting: Option<Waiting>,
+}
+
+/// The first client of a pair.
+type Waiting = (AsyncFd<TcpStream>, SocketAddr, Instant);
+
+impl Acceptor {
+    fn new(relay: Arc<Relay>) -> Self {
+        Self { relay, spare: File::open("/dev/null").ok(), warned: None, waiting: None }
+    }
+
+    /// Takes what waits to be accepted, or notices that a client that waits for its
+    /// pair has left.
+    async fn accept(&mut self, listener: &AsyncFd<TcpListener>) -> io::Result<()> {
+        let mut guard = tokio::select! {
+            guard = listener.readable() => guard?,
+            () = has_left(self.waiting.as_ref()) => {
+                self.forget_waiting();
+                return Ok(());
+            }
+        };
+        loop {
+            match guard.try_io(|listener| listener.get_ref().accept()) {
+                Err(_would_block) => return Ok(()),
+                Ok(Ok((client, peer))) => self.take(client, peer),
+                Ok(Err(error)) => self.failed(listener.get_ref(), error)?,
+            }
+        }
+    }
+
+    fn take(&mut self, client: TcpStream, peer: SocketAddr) {
+        let open = self.relay.counts.open.load(Ordering::Relaxed);
+        if open >= self.relay.most {
+            return self
+                .refuse(format_args!("{open} connections are open, as many as there are descriptors for"));
+        }
+        // Gone already: nothing to serve.
+        let Ok(client) = prepare(client) else { return };
+        self.relay.counts.open.fetch_add(1, Ordering::Relaxed);
+        match self.relay.settings.to {
+            To::Target(_) => self.relay.forward(client, peer),
+            To::Pair => self.pair(client, peer),
+        }
+    }
+
+    /// Joins a client with the one that waits, or lets it wait.
+    fn pair(&mut self, client: TcpStream, peer: SocketAddr) {
+        let now = Instant::now();
+        match self.waiting.take() {
+            Some((first, first_peer, begun)) => {
+                let sockets = [first.into_inner(), client];
+                // Two clients, one connection between them.
+                self.relay.counts.open.fetch_sub(1, Ordering::Relaxed);
+                self.relay.carry(sockets, first_peer, begun, None, peer.to_string());
+            }
+            None => match readable(client) {
+                Ok(client) => self.waiting = Some((client, peer, now)),
+                Err(error) => self.refuse(format_args!("{error}")),
+            },
+        }
+    }
+
+    fn forget_waiting(&mut self) {
+        if let Some((_, peer, begun)) = self.waiting.take() {
+            self.relay.counts.open.fetch_sub(1, Ordering::Relaxed);
+            if self.relay.settings.log_connections {
+                report::log_unreached(peer, "pair", &"left before another came", begun.elapsed());
+            }
+        }
+    }
+
+    fn failed(&mut self, listener: &TcpListener, error: io::Error) -> io::Result<()> {
+        match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => {
+                self.spare = None;
+                drop(listener.accept());
+                self.spare = File::open("/dev/null").ok();
+                self.refuse(format_args!("{error}"));
+                Ok(())
+            }
+            // The client has left the queue, or an error of its connection shows here (accept(2)).
+            Some(
+                libc::ECONNABORTED | libc::EPROTO | libc::ENETDOWN | libc::EHOSTUNREACH | libc::ENETUNREACH,
+            ) => Ok(()),
+            Some(libc::ENOBUFS | libc::ENOMEM | libc::EINTR) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    /// Counts a client that was turned away, and says so at most once a second.
+    fn refuse(&mut self, why: std::fmt::Arguments<'_>) {
+        let refused = self.relay.counts.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        if self.warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
+            self.warned = Some(Instant::now());
+            warn!(refused, "a client is refused: {why}");
+        }
+    }
+}
+
+/// Watches a socket of the standard library, which knows nothing of the runtime: the
+/// workers take it as it is.
+fn readable<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: the sockets given here own their descriptor, which is not changed, and
+    // `AsyncFd` owns them until it is dropped or gives them back.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?)
+}
+
+/// Waits until a client that waits for its pair is gone: reset, or finished without
+/// having sent anything. What it has sent stays in its socket, and if it finished
+/// after that its bytes are still delivered.
+async fn has_left(waiting: Option<&Waiting>) {
+    let Some((client, ..)) = waiting else { return std::future::pending().await };
+    loop {
+        let Ok(mut guard) = client.readable().await else { return };
+        match guard.try_io(|client| client.get_ref().peek(&mut [0])) {
+            Ok(Ok(0) | Err(_)) => return,
+            // It has sent something, which stays readable: only a reset is news now.
+            Ok(Ok(_)) => {
+                guard.clear_ready();
+            }
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// Opens the port; without a host on all addresses of both families.
+async fn listen(address: &Listen) -> Result<TcpListener> {
+    let candidates: Vec<SocketAddr> = match &address.host {
+        None => vec![([0u16; 8], address.port).into(), ([0u8; 4], address.port).into()],
+        Some(host) => {
+            let host = HostPort { host: host.clone(), port: address.port };
+            dial::resolve(&host).await.map_err(|e| anyhow::anyhow!("--listen: {e}"))?
+        }
+    };
+    let mut last = io::ErrorKind::NotFound.into();
+    for candidate in candidates {
+        match bind(candidate) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => {
+                let no_such_family = error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+                    || (candidate.is_ipv6() && error.kind() == io::ErrorKind::AddrNotAvailable);
+                last = error;
+                if !no_such_family {
+                    break;
+                }
+            }
+        }
+    }
+    Err(cannot_listen(address, &last))
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn cannot_listen(address: &Listen, error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => Error::Failed(anyhow::anyhow!(
+            "cannot listen on {address}: the port is in use (`ss -ltnp` shows by whom)"
+        )),
+        io::ErrorKind::AddrNotAvailable => Error::Failed(anyhow::anyhow!(
+            "cannot listen on {address}: no interface of this host has that address"
+        )),
+        io::ErrorKind::PermissionDenied => Error::Unable(format!(
+            "cannot listen on {address}: ports below 1024 need CAP_NET_BIND_SERVICE; take a higher port, or give the \
+             binary the capability: setcap cap_net_bind_service+ep"
+        )),
+        _ => Error::Failed(anyhow::anyhow!("cannot listen on {address}: {error}")),
+    }
+}
+
+/// Allows as many descriptors as this process may have; returns for how many
+/// connections that is enough.
+fn raise_descriptor_limit() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 256 };
+    // A privileged process may go above its hard limit, up to the system's.
+    let system =
+        std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    let system: u64 = system.unwrap_or(hard);
+    let limit = [(system, system), (hard, hard)]
+        .into_iter()
+        .find(|(soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, *soft, *hard).is_ok())
+        .map_or(soft, |(soft, _)| soft);
+    (limit.saturating_sub(RESERVED_DESCRIPTORS) / 2).max(1) as usize
+}

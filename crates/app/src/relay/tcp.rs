@@ -1,0 +1,117 @@
+//! What the relay asks of TCP sockets beyond reading and writing.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _},
+    time::Duration,
+};
+
+use socket2::SockRef;
+
+/// How far a socket has come: bytes, counted by the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// `tcpi_bytes_received`: in order, whether read or not; a FIN counts one.
+    pub received: u64,
+    /// `tcpi_bytes_acked` plus what is in the send queue: all that ever entered it,
+    /// plus one if this side opened the connection (its SYN).
+    pub queued: u64,
+}
+
+/// Reads a socket's position. As acknowledgements may come between the two system
+/// calls, `queued` errs on the low side, never on the high one.
+///
+/// # Errors
+/// Where the socket is no TCP socket.
+pub fn position(socket: &impl AsFd) -> io::Result<Position> {
+    let (acked, received) = bytes_acked_and_received(socket)?;
+    Ok(Position { received, queued: acked + unsent(socket)? })
+}
+
+/// A socket's position without what waits in it unread: where the kernel path
+/// starts to count.
+///
+/// `None` where the socket is so busy that no consistent picture could be had.
+///
+/// # Errors
+/// Where the socket is no TCP socket.
+pub fn baseline(socket: &impl AsFd) -> io::Result<Option<Position>> {
+    for _ in 0..100 {
+        let before = bytes_acked_and_received(socket)?;
+        let (unread, unsent) = (unread(socket)?, unsent(socket)?);
+        if before == bytes_acked_and_received(socket)? {
+            let (acked, received) = before;
+            let received = received.checked_sub(unread);
+            return Ok(received.map(|received| Position { received, queued: acked + unsent }));
+        }
+    }
+    Ok(None)
+}
+
+/// Makes TCP look at what it has received and tell its reader again. The reader of
+/// a socket that has just entered a sockmap is the verdict program.
+///
+/// # Errors
+/// Where the socket is closed.
+pub fn kick(socket: &impl AsFd) -> io::Result<()> {
+    let at_least: libc::c_int = 1;
+    // SAFETY: the kernel reads one int.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const at_least).cast(),
+            size_of_val(&at_least) as libc::socklen_t,
+        )
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// From now on closing the socket resets the connection instead of finishing it.
+pub fn reset_on_close(socket: &impl AsFd) {
+    // If it fails the connection is gone already.
+    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+fn bytes_acked_and_received(socket: &impl AsFd) -> io::Result<(u64, u64)> {
+    // `struct tcp_info` (uapi/linux/tcp.h) in words of eight bytes: bytes_acked and
+    // bytes_received are words 15 and 16, since Linux 4.1.
+    const ACKED: usize = 15;
+    const RECEIVED: usize = 16;
+    let mut info = [0u64; RECEIVED + 1];
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `info`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info[ACKED], info[RECEIVED]))
+}
+
+/// Bytes that were received and not read.
+fn unread(socket: &impl AsFd) -> io::Result<u64> {
+    ioctl_int(socket, libc::FIONREAD)
+}
+
+/// Bytes in the send queue that the other side has not acknowledged.
+fn unsent(socket: &impl AsFd) -> io::Result<u64> {
+    ioctl_int(socket, libc::TIOCOUTQ)
+}
+
+fn ioctl_int(socket: &impl AsFd, request: libc::Ioctl) -> io::Result<u64> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: both requests write one int.
+    if unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut value) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value.max(0) as u64)
+}

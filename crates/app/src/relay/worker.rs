@@ -1,0 +1,800 @@
+//! A worker: one thread that carries many connections, with an epoll set of its own.
+//!
+//! A connection is a pair of sockets and two directions. Each direction is carried
+//! by `copy` (read and write), by `splice` (through a pipe, without copying) or by
+//! the kernel (see `kernel.rs`), where the worker only carries what the program
+//! passes to it, hands on the end of each direction and forwards resets.
+//!
+//! All of epoll is edge-triggered. Sockets on the kernel path are watched without
+//! EPOLLIN: with it each segment that the program redirects would wake the thread
+//! for nothing.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::{Shutdown, TcpStream},
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    eventfd::{EfdFlags, EventFd},
+};
+use underpass_logic::relay::{Path, Window, better_path};
+
+use super::{
+    Choice, End, Side,
+    kernel::{Event, Joined, Kernel, SLOTS},
+    pipe::{Pipe, Pipes},
+    tcp,
+};
+
+/// How much is carried for one direction before it is the others' turn.
+const TURN: usize = 1 << 20;
+/// The read buffer, one for all of a worker's connections.
+const CHUNK: usize = 64 << 10;
+/// How soon, and how late, a direction is looked at again that waits for the kernel
+/// to queue or drain bytes: nothing tells when that has happened.
+const RETRY: Duration = Duration::from_millis(1);
+const RETRY_AT_MOST: Duration = Duration::from_millis(64);
+/// How often connections are looked at that may be idle or connecting for too long.
+const OVERDUE_CHECK: Duration = Duration::from_millis(250);
+/// What epoll says when the ring buffer, or a command, has come; else it is a slot.
+const RING: u64 = u64::MAX;
+const COMMANDS: u64 = u64::MAX - 1;
+
+/// Gives connections to a worker.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+/// A connection for a worker: two non-blocking sockets and what to do with them.
+pub struct Job {
+    pub client: TcpStream,
+    pub target: TcpStream,
+    /// Until when the target may take to connect, if it has not.
+    pub connecting: Option<Instant>,
+    /// What was read from the client already: it goes to the target first.
+    pub early: Vec<u8>,
+    pub choice: Choice,
+    /// How long nothing may move.
+    pub idle: Duration,
+    /// Called on the worker's thread: must not block.
+    pub done: Box<dyn FnOnce(Report) + Send>,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Job")
+            .field("client", &self.client)
+            .field("target", &self.target)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What came of a connection.
+#[derive(Debug)]
+pub struct Report {
+    pub end: End,
+    /// The path at the end, and why it was that.
+    pub path: Path,
+    pub why: String,
+    /// How often the path changed.
+    pub switches: u32,
+    /// From the client, then from the target.
+    pub bytes: [Bytes; 2],
+}
+
+/// Bytes of one direction by the path that moved them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Bytes {
+    pub copy: u64,
+    pub splice: u64,
+    pub kernel: u64,
+}
+
+impl Bytes {
+    /// All of them.
+    pub fn total(self) -> u64 {
+        self.copy + self.splice + self.kernel
+    }
+}
+
+#[derive(Debug)]
+enum Command {
+    Carry(Box<Job>),
+    Stop,
+}
+
+impl Worker {
+    /// Starts the thread. Without `kernel` it never takes the kernel path.
+    ///
+    /// # Errors
+    /// Where the process has no descriptors or threads left.
+    pub fn start(kernel: Option<Kernel>) -> Result<Self> {
+        let (commands, inbox) = mpsc::channel();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let mut thread = Thread::new(kernel, inbox, Arc::clone(&wake))?;
+        thread::Builder::new().name("worker".into()).spawn(move || thread.run())?;
+        Ok(Self { commands, wake })
+    }
+
+    /// Carries a connection to its end.
+    pub fn carry(&self, job: Job) {
+        self.command(Command::Carry(Box::new(job)));
+    }
+
+    /// Ends every connection, and the thread.
+    pub fn stop(&self) {
+        self.command(Command::Stop);
+    }
+
+    fn command(&self, command: Command) {
+        // Both fail only if the thread has been stopped: then nothing is to be done.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+}
+
+struct Thread {
+    inbox: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    epoll: Epoll,
+    pairs: Vec<Option<Box<Pair>>>,
+    live: usize,
+    free: Vec<u32>,
+    /// Not to be used again before the events at hand are dealt with: some may be
+    /// about the pair that had the slot.
+    freed: Vec<u32>,
+    retries: BinaryHeap<Reverse<(Instant, u32)>>,
+    tools: Tools,
+}
+
+/// What carrying takes.
+struct Tools {
+    kernel: Option<Kernel>,
+    pipes: Pipes,
+    buffer: Box<[u8]>,
+}
+
+struct Pair {
+    /// The client, then the target.
+    ends: [Socket; 2],
+    connecting: Option<Instant>,
+    choice: Choice,
+    path: Path,
+    why: String,
+    switches: u32,
+    window: Window,
+    idle: Duration,
+    /// When bytes last moved, and how many there were by then.
+    active: (Instant, u64),
+    done: Option<Box<dyn FnOnce(Report) + Send>>,
+}
+
+/// A socket, and the direction that begins there.
+struct Socket {
+    stream: TcpStream,
+    interest: EpollFlags,
+    readable: bool,
+    writable: bool,
+    /// Its FIN has come, though there may be bytes before it.
+    finished: bool,
+    /// All that it sent is read.
+    eof: bool,
+    /// The other side was told that nothing more will come.
+    shut: bool,
+    held: Held,
+    joined: Option<Joined>,
+    copied: u64,
+    spliced: u64,
+    retry: Duration,
+    retry_is_due: bool,
+}
+
+/// Bytes that were read and are not written yet.
+enum Held {
+    None,
+    Bytes(Vec<u8>, usize),
+    Pipe(Pipe),
+}
+
+/// Why a direction does not go on now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// Epoll will tell.
+    Event,
+    /// Nothing will tell: look again soon.
+    Retry,
+    /// The others come first.
+    Turn,
+}
+
+/// Which of a direction's two sockets failed.
+enum Failed {
+    Source(io::Error),
+    Destination(io::Error),
+}
+
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    Exit,
+}
+
+impl Thread {
+    fn new(kernel: Option<Kernel>, inbox: mpsc::Receiver<Command>, wake: Arc<EventFd>) -> Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        if let Some(kernel) = &kernel {
+            epoll.add(&kernel.events, EpollEvent::new(EpollFlags::EPOLLIN, RING))?;
+        }
+        epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, COMMANDS))?;
+        let tools = Tools { kernel, pipes: Pipes::default(), buffer: vec![0; CHUNK].into() };
+        let (pairs, free, freed, retries) = (vec![], vec![], vec![], BinaryHeap::new());
+        Ok(Self { inbox, wake, epoll, pairs, live: 0, free, freed, retries, tools })
+    }
+
+    fn run(&mut self) {
+        let mut events = [EpollEvent::empty(); 256];
+        let mut overdue_check = Instant::now();
+        loop {
+            let count = self.epoll.wait(&mut events, self.timeout(overdue_check)).unwrap_or(0);
+            for event in &events[..count] {
+                match event.data() {
+                    RING => self.drain_ring(),
+                    COMMANDS => {
+                        if self.take_commands() == Next::Exit {
+                            return;
+                        }
+                    }
+                    slot => self.socket_event(slot as u32, event.events()),
+                }
+            }
+            self.run_retries();
+            let now = Instant::now();
+            if now >= overdue_check {
+                overdue_check = now + OVERDUE_CHECK;
+                self.end_overdue(now);
+            }
+            self.free.append(&mut self.freed);
+        }
+    }
+
+    /// Until something is due; rounded up to epoll's milliseconds, so as not to wake
+    /// just before.
+    fn timeout(&self, overdue_check: Instant) -> EpollTimeout {
+        let retry = self.retries.peek().map(|Reverse((at, _))| *at);
+        let check = (self.live > 0).then_some(overdue_check);
+        let Some(due) = retry.into_iter().chain(check).min() else { return EpollTimeout::NONE };
+        let left = due.saturating_duration_since(Instant::now());
+        u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX).into()
+    }
+
+    fn take_commands(&mut self) -> Next {
+        // Nothing to read means that an earlier turn has taken this wake-up's command.
+        let _ = self.wake.read();
+        while let Ok(command) = self.inbox.try_recv() {
+            match command {
+                Command::Carry(job) => self.begin(*job),
+                Command::Stop => {
+                    for index in 0..self.pairs.len() as u32 {
+                        self.end(index * 2, End::Stopped);
+                    }
+                    return Next::Exit;
+                }
+            }
+        }
+        Next::GoOn
+    }
+
+    fn begin(&mut self, job: Job) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.pairs.push(None);
+            (self.pairs.len() as u32 - 1) * 2
+        });
+        let pair = Box::new(Pair::new(job));
+        let watched = (slot..).zip(&pair.ends).try_for_each(|(slot, socket)| {
+            self.epoll.add(&socket.stream, EpollEvent::new(socket.interest, slot.into()))
+        });
+        self.pairs[slot as usize / 2] = Some(pair);
+        self.live += 1;
+        if let Err(error) = watched {
+            self.end(slot, End::Failed(Side::Client, error.into()));
+        }
+        // Epoll now tells what each socket is ready for.
+    }
+
+    fn drain_ring(&mut self) {
+        while let Some(event) = self.tools.kernel.as_mut().and_then(Kernel::event) {
+            match event {
+                Event::Passed(slot) => {
+                    if let Some(socket) = self.socket(slot) {
+                        socket.readable = true;
+                        self.advance(slot);
+                    }
+                }
+                Event::Broken(slot, reason) => self.end(slot, End::Broken(reason)),
+            }
+        }
+    }
+
+    fn socket(&mut self, slot: u32) -> Option<&mut Socket> {
+        Some(&mut self.pairs.get_mut(slot as usize / 2)?.as_mut()?.ends[slot as usize % 2])
+    }
+
+    fn socket_event(&mut self, slot: u32, flags: EpollFlags) {
+        let Some(Some(pair)) = self.pairs.get_mut(slot as usize / 2) else { return };
+        let socket = &mut pair.ends[slot as usize % 2];
+        if flags.contains(EpollFlags::EPOLLERR)
+            && let Ok(Some(error)) = socket.stream.take_error()
+        {
+            let connecting = pair.connecting.is_some() && Side::of_slot(slot) == Side::Target;
+            let side = Side::of_slot(slot);
+            return self
+                .end(slot, if connecting { End::Unreachable(error) } else { End::Failed(side, error) });
+        }
+        if flags.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP) {
+            socket.finished = true;
+            socket.readable = true;
+        }
+        socket.readable |= flags.contains(EpollFlags::EPOLLIN);
+        let writable = flags.contains(EpollFlags::EPOLLOUT);
+        socket.writable |= writable;
+        if writable && Side::of_slot(slot) == Side::Target {
+            pair.connecting = None;
+        }
+        self.advance(slot);
+        if writable {
+            self.advance(slot ^ 1);
+        }
+    }
+
+    fn run_retries(&mut self) {
+        let now = Instant::now();
+        while let Some(Reverse((at, slot))) = self.retries.peek().copied()
+            && at <= now
+        {
+            self.retries.pop();
+            if let Some(socket) = self.socket(slot) {
+                socket.retry_is_due = false;
+                self.advance(slot);
+            }
+        }
+    }
+
+    fn end_overdue(&mut self, now: Instant) {
+        for index in 0..self.pairs.len() {
+            let Some(pair) = &mut self.pairs[index] else { continue };
+            let slot = index as u32 * 2;
+            if pair.connecting.is_some_and(|until| now >= until) {
+                self.end(slot, End::Unreachable(ErrorKind::TimedOut.into()));
+                continue;
+            }
+            let moved = pair.bytes(self.tools.kernel.as_ref()).iter().map(|bytes| bytes.total()).sum();
+            if moved != pair.active.1 {
+                pair.active = (now, moved);
+            } else if now - pair.active.0 >= pair.idle {
+                self.end(slot, End::Idle);
+            }
+        }
+    }
+
+    /// Does what can be done now for the direction that begins at `slot`.
+    fn advance(&mut self, slot: u32) {
+        let Some(Some(pair)) = self.pairs.get_mut(slot as usize / 2) else { return };
+        if pair.connecting.is_some() {
+            return;
+        }
+        match pair.advance(slot, &mut self.tools).and_then(|wait| {
+            pair.watch(slot, &self.epoll, &self.tools).map_err(Failed::Source)?;
+            Ok(wait)
+        }) {
+            Ok(_) if pair.ends.iter().all(|socket| socket.shut) => self.end(slot, End::Closed),
+            Ok(wait) => {
+                if let Some(after) = pair.ends[slot as usize % 2].look_again(wait) {
+                    self.retries.push(Reverse((Instant::now() + after, slot)));
+                }
+                self.reconsider(slot & !1);
+            }
+            Err(Failed::Source(error)) => self.end(slot, End::Failed(Side::of_slot(slot), error)),
+            Err(Failed::Destination(error)) => self.end(slot, End::Failed(Side::of_slot(slot ^ 1), error)),
+        }
+    }
+
+    /// Changes the path where another suits the connection better.
+    fn reconsider(&mut self, slot: u32) {
+        let Some(Some(pair)) = self.pairs.get_mut(slot as usize / 2) else { return };
+        let Some((path, why)) = pair.wish() else { return };
+        match (path, &mut self.tools.kernel) {
+            (Path::Kernel, Some(kernel)) if slot < SLOTS => {
+                if !pair.can_be_joined() {
+                    if pair.ends.iter().any(|socket| socket.finished) {
+                        pair.give_up_kernel("it was closing before the kernel could take over");
+                    }
+                    return;
+                }
+                let [a, b] = &mut pair.ends;
+                match kernel.join(slot, [&a.stream, &b.stream]) {
+                    Ok([of_a, of_b]) => {
+                        (a.joined, b.joined) = (Some(of_a), Some(of_b));
+                        pair.switch(path, why);
+                        self.advance(slot);
+                        self.advance(slot + 1);
+                    }
+                    Err(refused) => pair.give_up_kernel(&format!("{refused:#}")),
+                }
+            }
+            (Path::Kernel, _) => pair.give_up_kernel("the kernel path is full"),
+            (Path::Copy | Path::Splice, _) => pair.switch(path, why),
+        }
+    }
+
+    /// Closes a pair and tells whoever gave it.
+    fn end(&mut self, slot: u32, end: End) {
+        let slot = slot & !1;
+        let Some(mut pair) = self.pairs.get_mut(slot as usize / 2).and_then(Option::take) else { return };
+        if end.is_a_failure() {
+            pair.ends.iter().for_each(|socket| tcp::reset_on_close(&socket.stream));
+        }
+        let (bytes, done) = (pair.bytes(self.tools.kernel.as_ref()), pair.done.take());
+        let report = Report { end, path: pair.path, why: pair.why, switches: pair.switches, bytes };
+        for socket in pair.ends {
+            // Closing a socket takes it out of epoll and of the sockmaps.
+            drop(socket.stream);
+            if let (Some(kernel), Some(joined)) = (&mut self.tools.kernel, &socket.joined) {
+                kernel.forget(joined);
+            }
+        }
+        self.freed.push(slot);
+        self.live -= 1;
+        if let Some(done) = done {
+            done(report);
+        }
+    }
+}
+
+impl Pair {
+    fn new(job: Job) -> Self {
+        let mut ends = [Socket::new(job.client), Socket::new(job.target)];
+        if !job.early.is_empty() {
+            ends[0].held = Held::Bytes(job.early, 0);
+        }
+        Self {
+            ends,
+            connecting: job.connecting,
+            path: if job.choice == Choice::Splice { Path::Splice } else { Path::Copy },
+            why: job.choice.why().to_owned(),
+            choice: job.choice,
+            switches: 0,
+            window: Window::default(),
+            idle: job.idle,
+            active: (Instant::now(), 0),
+            done: Some(job.done),
+        }
+    }
+
+    fn bytes(&self, kernel: Option<&Kernel>) -> [Bytes; 2] {
+        [&self.ends[0], &self.ends[1]].map(|socket| Bytes {
+            copy: socket.copied,
+            splice: socket.spliced,
+            kernel: socket
+                .joined
+                .as_ref()
+                .zip(kernel)
+                .map_or(0, |(joined, kernel)| kernel.redirected(joined)),
+        })
+    }
+
+    fn advance(&mut self, slot: u32, tools: &mut Tools) -> Result<Wait, Failed> {
+        let [a, b] = &mut self.ends;
+        let (src, dst) = if slot.is_multiple_of(2) { (a, b) } else { (b, a) };
+        let splice = self.path == Path::Splice;
+        let before = src.copied + src.spliced;
+        let wait = src.carry(dst, splice, tools)?;
+        let moved = src.copied + src.spliced - before;
+        if moved > 0 {
+            self.window.note(slot % 2, moved);
+        }
+        match wait {
+            Wait::Event => src.finish(dst, tools),
+            Wait::Retry | Wait::Turn => Ok(wait),
+        }
+    }
+
+    /// Which path the connection should change to, and why.
+    fn wish(&mut self) -> Option<(Path, &'static str)> {
+        match self.choice {
+            Choice::Copy | Choice::Splice => None,
+            Choice::Kernel if self.path == Path::Kernel => None,
+            Choice::Kernel => Some((Path::Kernel, Choice::Kernel.why())),
+            Choice::Auto { kernel } => better_path(self.path, &mut self.window, kernel),
+        }
+    }
+
+    /// The kernel path takes over only while the user side holds nothing, and only
+    /// connections that are open both ways.
+    fn can_be_joined(&self) -> bool {
+        self.ends
+            .iter()
+            .all(|socket| socket.held.is_empty() && !socket.finished && !socket.eof && !socket.shut)
+    }
+
+    fn switch(&mut self, path: Path, why: &str) {
+        self.path = path;
+        why.clone_into(&mut self.why);
+        self.switches += 1;
+    }
+
+    fn give_up_kernel(&mut self, why: &str) {
+        self.why = format!("not by the kernel: {why}");
+        self.choice = match self.choice {
+            Choice::Auto { .. } => Choice::Auto { kernel: false },
+            Choice::Kernel | Choice::Copy => Choice::Copy,
+            Choice::Splice => Choice::Splice,
+        };
+    }
+
+    /// Tells epoll what is of interest on the kernel path after the direction that
+    /// begins at `slot` was carried; on the others all is, always.
+    fn watch(&mut self, slot: u32, epoll: &Epoll, tools: &Tools) -> io::Result<()> {
+        let Some(kernel) = tools.kernel.as_ref().filter(|_| self.path == Path::Kernel) else { return Ok(()) };
+        for side in [slot % 2, slot % 2 ^ 1] {
+            let writes = !self.ends[side as usize ^ 1].held.is_empty();
+            let socket = &mut self.ends[side as usize];
+            let reads = match &socket.joined {
+                Some(joined) if joined.judged => kernel.owed(joined) > 0,
+                _ => !socket.eof,
+            };
+            let mut interest = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+            interest.set(EpollFlags::EPOLLIN, reads && socket.held.is_empty());
+            interest.set(EpollFlags::EPOLLOUT, writes);
+            if interest != socket.interest {
+                socket.interest = interest;
+                epoll.modify(&socket.stream, &mut EpollEvent::new(interest, ((slot & !1) + side).into()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Socket {
+    fn new(stream: TcpStream) -> Self {
+        Self {
+            stream,
+            interest: EpollFlags::EPOLLIN
+                | EpollFlags::EPOLLOUT
+                | EpollFlags::EPOLLRDHUP
+                | EpollFlags::EPOLLET,
+            readable: false,
+            writable: false,
+            finished: false,
+            eof: false,
+            shut: false,
+            held: Held::None,
+            joined: None,
+            copied: 0,
+            spliced: 0,
+            retry: RETRY,
+            retry_is_due: false,
+        }
+    }
+
+    /// Moves bytes from here to `dst` as far as both sockets, and on the kernel path
+    /// the order, allow.
+    fn carry(&mut self, dst: &mut Self, splice: bool, tools: &mut Tools) -> Result<Wait, Failed> {
+        let mut turn = TURN;
+        loop {
+            if !self.held.is_empty() {
+                if !self.write_held(dst, tools)? {
+                    return Ok(Wait::Event);
+                }
+                continue;
+            }
+            if let Some(wait) = self.has_to_wait(dst, tools)? {
+                return Ok(wait);
+            }
+            if turn == 0 {
+                return Ok(Wait::Turn);
+            }
+            // Without a descriptor left for a pipe, copying does as well.
+            let pipe = if splice { tools.pipes.take().ok() } else { None };
+            let count = match pipe {
+                Some(pipe) => self.splice_into(pipe, tools),
+                None => self.copy_over(dst, tools)?,
+            };
+            match count.map_err(Failed::Source)? {
+                Some(0) => self.eof = true,
+                Some(count) => turn = turn.saturating_sub(count),
+                None => self.readable = false,
+            }
+        }
+    }
+
+    /// Why nothing can be read from here now, if so.
+    fn has_to_wait(&mut self, dst: &Self, tools: &Tools) -> Result<Option<Wait>, Failed> {
+        if let (Some(kernel), Some(joined), Some(to)) = (&tools.kernel, &mut self.joined, &dst.joined)
+            && joined.judged
+        {
+            if kernel.owed(joined) == 0 {
+                return Ok(Some(Wait::Event));
+            }
+            if !kernel.is_in_order(joined, (to, &dst.stream)).map_err(Failed::Destination)? {
+                return Ok(Some(Wait::Retry));
+            }
+            if self.eof {
+                // The program has passed bytes that the kernel has not queued yet.
+                self.eof = false;
+                return Ok(Some(Wait::Retry));
+            }
+        }
+        Ok((self.eof || !self.readable).then_some(Wait::Event))
+    }
+
+    /// Writes what is held; false when the other socket takes no more.
+    fn write_held(&mut self, dst: &mut Self, tools: &mut Tools) -> Result<bool, Failed> {
+        if !dst.writable {
+            return Ok(false);
+        }
+        let written = match &mut self.held {
+            Held::None => return Ok(true),
+            Held::Bytes(bytes, at) => dst.stream.write(&bytes[*at..]).inspect(|count| *at += count),
+            Held::Pipe(pipe) => pipe.empty(&dst.stream),
+        };
+        match written {
+            Ok(count) => {
+                self.account(count, tools);
+                self.let_go(tools);
+                Ok(true)
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                dst.writable = false;
+                Ok(false)
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(true),
+            Err(error) => Err(Failed::Destination(error)),
+        }
+    }
+
+    fn account(&mut self, written: usize, tools: &mut Tools) {
+        let written = written as u64;
+        match &self.held {
+            Held::Pipe(_) => self.spliced += written,
+            Held::None | Held::Bytes(..) => self.copied += written,
+        }
+        if let (Some(kernel), Some(joined)) = (&mut tools.kernel, &self.joined) {
+            kernel.consume(joined, written);
+        }
+    }
+
+    /// Gives back what held the bytes, once it is empty.
+    fn let_go(&mut self, tools: &mut Tools) {
+        if self.held.is_empty()
+            && let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::None)
+        {
+            tools.pipes.give_back(pipe);
+        }
+    }
+
+    /// Fills a pipe from here. `None`: there is nothing to read.
+    fn splice_into(&mut self, mut pipe: Pipe, tools: &mut Tools) -> io::Result<Option<usize>> {
+        let filled = ready(pipe.fill(&self.stream));
+        if pipe.held() > 0 {
+            self.held = Held::Pipe(pipe);
+        } else {
+            tools.pipes.give_back(pipe);
+        }
+        filled
+    }
+
+    /// Reads from here and writes there at once what it takes. `None`: there is
+    /// nothing to read.
+    fn copy_over(&mut self, dst: &mut Self, tools: &mut Tools) -> Result<io::Result<Option<usize>>, Failed> {
+        let mut buffer = std::mem::take(&mut tools.buffer);
+        let result = self.copy_through(&mut buffer, dst, tools);
+        tools.buffer = buffer;
+        result
+    }
+
+    fn copy_through(
+        &mut self,
+        buffer: &mut [u8],
+        dst: &mut Self,
+        tools: &mut Tools,
+    ) -> Result<io::Result<Option<usize>>, Failed> {
+        let count = match ready((&self.stream).read(buffer)) {
+            Ok(Some(count @ 1..)) => count,
+            other => return Ok(other),
+        };
+        // Less than asked for: the socket is empty, and epoll tells of what comes
+        // next. Except for a FIN that has been told of, and on the kernel path, where
+        // a read stops at the end of a segment.
+        if count < buffer.len() && !self.finished && self.joined.is_none() {
+            self.readable = false;
+        }
+        let written = if dst.writable {
+            match ready(dst.stream.write(&buffer[..count])) {
+                Ok(written) => written.unwrap_or(0),
+                Err(error) => return Err(Failed::Destination(error)),
+            }
+        } else {
+            0
+        };
+        self.account(written, tools);
+        if written < count {
+            // A full send buffer: epoll tells when there is room.
+            dst.writable = false;
+            self.held = Held::Bytes(buffer[written..count].to_vec(), 0);
+        }
+        Ok(Ok(Some(count)))
+    }
+
+    /// Hands on the end of the direction once its last byte is delivered.
+    fn finish(&mut self, dst: &Self, tools: &Tools) -> Result<Wait, Failed> {
+        if self.shut || !self.held.is_empty() {
+            return Ok(Wait::Event);
+        }
+        if let (Some(kernel), Some(joined), Some(to)) = (&tools.kernel, &self.joined, &dst.joined)
+            && joined.judged
+        {
+            if !self.finished {
+                return Ok(Wait::Event);
+            }
+            let drained = kernel.is_drained((joined, &self.stream), (to, &dst.stream));
+            if !drained.map_err(Failed::Source)? {
+                return Ok(Wait::Retry);
+            }
+        } else if !self.eof {
+            return Ok(Wait::Event);
+        }
+        self.shut = true;
+        match dst.stream.shutdown(Shutdown::Write) {
+            // It was reset meanwhile, which epoll reports.
+            Err(error) if error.kind() != ErrorKind::NotConnected => Err(Failed::Destination(error)),
+            _ => Ok(Wait::Event),
+        }
+    }
+
+    /// When the direction has to be looked at without an event, unless that is
+    /// planned already.
+    fn look_again(&mut self, wait: Wait) -> Option<Duration> {
+        let after = match wait {
+            Wait::Event => {
+                self.retry = RETRY;
+                return None;
+            }
+            Wait::Turn => Duration::ZERO,
+            Wait::Retry => self.retry,
+        };
+        if self.retry_is_due {
+            return None;
+        }
+        self.retry_is_due = true;
+        self.retry = if wait == Wait::Retry { (self.retry * 2).min(RETRY_AT_MOST) } else { RETRY };
+        Some(after)
+    }
+}
+
+impl Held {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Bytes(bytes, at) => *at == bytes.len(),
+            Self::Pipe(pipe) => pipe.held() == 0,
+        }
+    }
+}
+
+/// `None` where the call would have to wait.
+fn ready(result: io::Result<usize>) -> io::Result<Option<usize>> {
+    match result {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}

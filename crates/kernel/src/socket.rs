@@ -1,0 +1,78 @@
+//! Raw access to sockets and their segments.
+
+use aya_ebpf::{
+    helpers::{
+        bpf_get_socket_cookie, bpf_sk_release, bpf_skc_to_tcp_sock,
+        generated::bpf_map_lookup_elem,
+    },
+    maps::SockHash,
+    programs::SkBuffContext,
+};
+
+/// The most that `bpf_skb_adjust_room` cuts off at once is 0xfff bytes.
+const TRIM_STEP: u32 = 4000;
+/// The longest segment is 512 KiB (BIG TCP, Linux 6.3).
+const TRIM_STEPS: u32 = 132;
+
+/// The number that names the segment's socket for its whole life.
+#[inline(always)]
+pub fn cookie(ctx: &SkBuffContext) -> u64 {
+    // SAFETY: the context is the one that the kernel called the program with.
+    unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) }
+}
+
+/// The sequence number of the segment's first byte, host byte order.
+///
+/// TCP keeps it in the first word of the segment's control block, which programs
+/// on a sockmap without a parser see as `cb[0]` since Linux 5.16 (before, `cb[0]`
+/// is the third word). The relay's probe makes sure of it.
+#[inline(always)]
+pub fn segment_seq(ctx: &SkBuffContext) -> u32 {
+    // SAFETY: as in `cookie`; the verifier turns it into a read of the control block.
+    unsafe { (*ctx.skb.skb).cb[0] }
+}
+
+/// The sequence number after the last byte in the send queue of the socket that
+/// `sockets` has under `cookie`. `offset` is that of `write_seq` in `struct tcp_sock`.
+#[inline(always)]
+pub fn write_seq(sockets: &'static SockHash<u64>, cookie: u64, offset: &'static u32) -> Option<u32> {
+    // SAFETY: the helper takes a map and a key of its size.
+    let socket = unsafe {
+        bpf_map_lookup_elem(core::ptr::from_ref(sockets).cast_mut().cast(), core::ptr::from_ref(&cookie).cast())
+    };
+    if socket.is_null() {
+        return None;
+    }
+    // SAFETY: `socket` is a socket that the lookup took a reference on, given back
+    // below on every way; `offset` is a constant to the verifier, which checks that
+    // a u32 lies there.
+    unsafe {
+        let tcp = bpf_skc_to_tcp_sock(socket.cast());
+        let seq = if tcp.is_null() {
+            None
+        } else {
+            let offset = core::ptr::read_volatile(offset) as usize;
+            Some(tcp.cast::<u8>().add(offset).cast::<u32>().read_volatile())
+        };
+        bpf_sk_release(socket.cast());
+        seq
+    }
+}
+
+/// Cuts `count` bytes off the segment's front.
+///
+/// # Errors
+/// Where the kernel refuses, or for more than 512 KiB.
+#[inline(always)]
+pub fn trim(ctx: &SkBuffContext, count: u32) -> Result<(), i64> {
+    let mut left = count;
+    for _ in 0..TRIM_STEPS {
+        if left == 0 {
+            return Ok(());
+        }
+        let step = if left > TRIM_STEP { TRIM_STEP } else { left };
+        ctx.adjust_room(-(step as i32), 0, 0)?;
+        left -= step;
+    }
+    if left == 0 { Ok(()) } else { Err(-1) }
+}

@@ -1,0 +1,169 @@
+//! The rules by which the relay's kernel path keeps every byte once and in order.
+//!
+//! A direction is carried by two parties: the program redirects a segment to the
+//! other socket, or passes it to the user side, which writes it there. The
+//! invariants:
+//!
+//! 1. While the user side owes bytes (`passed != consumed`) the program passes all
+//!    that comes: nothing overtakes.
+//! 2. The user side writes passed bytes only when all redirected before them are in
+//!    the other socket's send queue ([`may_write`]): nothing is overtaken.
+//! 3. At most `cap` redirected bytes wait outside the other socket's send queue: a
+//!    reader that stops fills that, then the user side's socket, and then its
+//!    sender is stopped by TCP itself.
+//! 4. A direction is shut down only when every byte is in the other socket's send
+//!    queue ([`is_drained`]).
+
+use underpass_abi::relay::{Credit, Progress};
+
+/// What becomes of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// To the other socket, by the kernel.
+    Redirect,
+    /// To the user side, which still owes earlier bytes.
+    Pass,
+    /// To the user side, which owes nothing so far and has to be told.
+    PassAndTell,
+}
+
+/// How many leading bytes of a segment arrived before, and whether it leaves a gap.
+///
+/// Once in a while the kernel shows a program a segment that begins before the
+/// previous one's end: a retransmission that met a busy socket (seen on 6.18).
+/// TCP's own reader skips what it has read; a sockmap does not, and would deliver
+/// the bytes twice.
+///
+/// `seq` is the sequence number of the segment's first byte, host byte order.
+///
+/// # Errors
+/// [`Gap`] where the segment begins after the previous one's end.
+#[inline(always)]
+pub fn overlap(progress: &Progress, seq: u32) -> Result<u32, Gap> {
+    if progress.started == 0 {
+        return Ok(0);
+    }
+    // Sequence numbers wrap; the difference tells before from after (RFC 9293, 3.4).
+    let ahead = progress.last_end.wrapping_sub(seq) as i32;
+    if ahead < 0 { Err(Gap) } else { Ok(ahead as u32) }
+}
+
+/// A segment that begins after the previous one's end. TCP delivers in order, so
+/// this means that the program does not see every segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap;
+
+/// Decides about a segment of `len` new bytes.
+///
+/// `write_seq` is the sequence number after the last byte in the other socket's
+/// send queue.
+#[inline(always)]
+pub fn decide(progress: &Progress, credit: &Credit, write_seq: u32, len: u32) -> Verdict {
+    if progress.passed != credit.consumed {
+        return Verdict::Pass;
+    }
+    if waiting(progress, credit, write_seq) as u64 + len as u64 > credit.cap {
+        return Verdict::PassAndTell;
+    }
+    Verdict::Redirect
+}
+
+/// Redirected bytes that are not in the other socket's send queue yet.
+#[inline(always)]
+pub fn waiting(progress: &Progress, credit: &Credit, write_seq: u32) -> u32 {
+    let expected = progress.redirected.wrapping_add(credit.consumed) as u32;
+    progress.base_seq.wrapping_add(expected).wrapping_sub(write_seq)
+}
+
+/// Whether the user side may write the bytes that were passed to it: all that was
+/// redirected before is in the other socket's send queue.
+///
+/// `queued` is how many bytes entered that queue since the connection was joined.
+pub fn may_write(progress: &Progress, credit: &Credit, queued: u64) -> bool {
+    queued == progress.redirected + credit.consumed
+}
+
+/// Whether a direction whose sender has finished has nothing left to deliver.
+///
+/// `received` is how many bytes the source took since the connection was joined,
+/// its FIN counted as one (as `tcp_info` does); `queued` as for [`may_write`].
+pub fn is_drained(progress: &Progress, credit: &Credit, received: u64, queued: u64) -> bool {
+    received.saturating_sub(progress.redirected + progress.passed) <= 1
+        && progress.passed == credit.consumed
+        && may_write(progress, credit, queued)
+}
+
+/// Which way a connection's bytes take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Read into memory, and written.
+    Copy,
+    /// Through a pipe, without copying.
+    Splice,
+    /// From socket to socket by the kernel.
+    Kernel,
+}
+
+/// After how many visits a connection is judged: an exchange is two. A connection
+/// that ends within its first exchanges is never moved.
+const VISITS: u32 = 32;
+/// From how many bytes on one way within a window a connection may be bulk.
+const BULK: u64 = 512 << 10;
+/// The least that an average visit to a bulk connection moves.
+const BULK_VISIT: u64 = 32 << 10;
+
+/// What a connection did since it was last judged. A visit is one time that the
+/// user side found bytes to move in one direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Window {
+    visits: u32,
+    /// How often a visit was for another direction than the one before.
+    turns: u32,
+    last_side: u32,
+    bytes: [u64; 2],
+}
+
+impl Window {
+    /// Notes that `bytes` were moved from `side` (0 or 1).
+    pub fn note(&mut self, side: u32, bytes: u64) {
+        if self.visits > 0 && side != self.last_side {
+            self.turns += 1;
+        }
+        self.last_side = side;
+        self.visits += 1;
+        if let Some(sum) = self.bytes.get_mut(side as usize) {
+            *sum += bytes;
+        }
+    }
+
+    fn is_bulk(&self) -> bool {
+        let most = self.bytes[0].max(self.bytes[1]);
+        most >= BULK && most / u64::from(self.visits.max(1)) >= BULK_VISIT
+    }
+
+    /// Nearly every visit answers the one before.
+    fn is_interactive(&self) -> bool {
+        self.turns * 4 >= self.visits * 3
+    }
+}
+
+/// The path that suits a connection better than the one it is on, and why. Starts a
+/// new window when it has judged one.
+///
+/// Nothing leaves the kernel path: a connection that turns into bulk there is passed
+/// to the user side segment by segment, while its sockets stay joined.
+pub fn better_path(now: Path, window: &mut Window, kernel: bool) -> Option<(Path, &'static str)> {
+    let bulk = window.is_bulk();
+    if now == Path::Kernel || !(bulk || window.visits >= VISITS) {
+        return None;
+    }
+    let interactive = window.is_interactive();
+    *window = Window::default();
+    if interactive && kernel {
+        Some((Path::Kernel, "interactive"))
+    } else if bulk && now != Path::Splice {
+        Some((Path::Splice, "bulk"))
+    } else {
+        None
+    }
+}
