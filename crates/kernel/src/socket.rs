@@ -1,10 +1,7 @@
 //! Raw access to sockets and their segments.
 
 use aya_ebpf::{
-    helpers::{
-        bpf_get_socket_cookie, bpf_sk_release, bpf_skc_to_tcp_sock,
-        generated::bpf_map_lookup_elem,
-    },
+    helpers::{bpf_get_socket_cookie, bpf_sk_release, bpf_skc_to_tcp_sock, generated::bpf_map_lookup_elem},
     maps::SockHash,
     programs::SkBuffContext,
 };
@@ -38,7 +35,10 @@ pub fn segment_seq(ctx: &SkBuffContext) -> u32 {
 pub fn write_seq(sockets: &'static SockHash<u64>, cookie: u64, offset: &'static u32) -> Option<u32> {
     // SAFETY: the helper takes a map and a key of its size.
     let socket = unsafe {
-        bpf_map_lookup_elem(core::ptr::from_ref(sockets).cast_mut().cast(), core::ptr::from_ref(&cookie).cast())
+        bpf_map_lookup_elem(
+            core::ptr::from_ref(sockets).cast_mut().cast(),
+            core::ptr::from_ref(&cookie).cast(),
+        )
     };
     if socket.is_null() {
         return None;

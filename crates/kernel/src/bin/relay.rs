@@ -9,9 +9,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, RingBuf, SockHash},
     programs::SkBuffContext,
 };
-use underpass_abi::relay::{
-    BROKEN_GAP, BROKEN_REDIRECT, BROKEN_TRIM, Credit, EVENT_BROKEN, Progress,
-};
+use underpass_abi::relay::{BROKEN_GAP, BROKEN_REDIRECT, BROKEN_TRIM, Credit, EVENT_BROKEN, Progress};
 use underpass_kernel::socket;
 use underpass_logic::relay::{Gap, Verdict, decide, overlap};
 
