@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{demo, doctor, error::Result, relay};
+use crate::{demo, doctor, error::Result, relay, watch};
 
 /// Moves, filters and watches this host's traffic inside the kernel.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ pub struct Cli {
 enum Command {
     /// Forward a TCP port to a target, directly or through a proxy, or pair clients with each other
     Relay(relay::Args),
+    /// Every connection of this host, its process and its bytes
+    Watch(watch::Args),
     /// What this kernel and these privileges allow, function by function, and why not
     Doctor(doctor::Args),
     /// Every function at work in private network namespaces, with numbers
@@ -35,6 +37,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         match self.command {
             Command::Relay(args) => relay::run(args),
+            Command::Watch(args) => watch::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Demo(args) => demo::run(&args),
         }

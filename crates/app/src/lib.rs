@@ -12,3 +12,4 @@ pub mod lab;
 pub mod logging;
 pub mod object;
 pub mod relay;
+pub mod watch;

@@ -10,3 +10,5 @@ macro_rules! object {
 pub const RELAY: &[u8] = object!("relay");
 /// The packet library alone, for its tests and benchmarks.
 pub const PACKET: &[u8] = object!("packet");
+/// watch's programs.
+pub const WATCH: &[u8] = object!("watch");

@@ -6,7 +6,10 @@ use std::io::Write as _;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    watch,
+};
 
 /// Arguments of `underpass doctor`.
 #[derive(Debug, clap::Args)]
@@ -47,7 +50,7 @@ pub struct Check {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let report = Report { kernel: kernel()?, functions: vec![] };
+    let report = Report { kernel: kernel()?, functions: vec![watch::doctor()] };
     let mut out = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &report).context("cannot write the report")?;

@@ -1,3 +1,4 @@
 //! End to end, in private network namespaces, with the real binary. Needs root.
 
 mod lab;
+mod watch;

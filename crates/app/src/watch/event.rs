@@ -1,0 +1,126 @@
+//! What the kernel side reports, decoded.
+
+use std::ptr;
+
+use underpass_abi::watch::{ANSWER, Connection, FlowKey, NAME, PATH, Process, Released, event};
+
+/// Something that happened to the watched sockets.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A connection has ended; these are its last figures.
+    Ended(Connection),
+    /// A connection is alive, or was when it was looked at.
+    Alive(Connection),
+    /// A process uses the network for the first time.
+    Process(Program),
+    /// A name server's answer, or a piece of a TCP stream of them.
+    Answer(Answer),
+    /// A datagram socket is closed: all its flows have ended.
+    Released {
+        /// The kernel's number for the socket.
+        cookie: u64,
+    },
+    /// All flows of the kernel have been reported as alive: what is idle or belongs
+    /// to a released socket has ended.
+    FlowsRead,
+    /// After losses, every connection was reported as alive: the others have ended
+    /// unseen.
+    Swept,
+    /// What the kernel side has missed since the start.
+    Lost {
+        /// Records that found the ring buffer full.
+        events: u64,
+        /// Datagrams whose flow found the map full.
+        flows: u64,
+        /// Sockets for which there was no memory.
+        sockets: u64,
+    },
+}
+
+/// Which program a process runs, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Process (thread group).
+    pub pid: u32,
+    /// The program's path, empty where there is none (threads of the kernel).
+    pub exe: String,
+    /// The cgroup's number.
+    pub cgroup: u64,
+    /// The cgroup's path in the unified hierarchy.
+    pub cgroup_path: String,
+}
+
+/// What a process received from port 53.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The kernel's number for the socket.
+    pub cookie: u64,
+    /// Whether it is a piece of a TCP stream.
+    pub stream: bool,
+    /// How many bytes were received; more than there are in `bytes` if it was cut.
+    pub received: u32,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl Event {
+    /// Decodes a record of the ring buffer; `None` if it is cut short or unknown.
+    pub fn decode(record: &[u8]) -> Option<Self> {
+        let kind = u32::from_ne_bytes(*record.first_chunk()?);
+        Some(match kind {
+            event::CLOSED => Self::Ended(read(record)?),
+            event::LIVE => Self::Alive(read(record)?),
+            event::PROCESS => {
+                let process: Process = read(record)?;
+                Self::Process(Program {
+                    pid: process.tgid,
+                    exe: path(&process.exe, process.exe_len),
+                    cgroup: process.cgroup,
+                    cgroup_path: path(&process.cgroup_path, process.cgroup_len),
+                })
+            }
+            event::ANSWER => {
+                let answer: underpass_abi::watch::Answer = read(record)?;
+                Self::Answer(Answer {
+                    cookie: answer.cookie,
+                    stream: answer.protocol == 6,
+                    received: answer.received,
+                    bytes: answer.bytes[..ANSWER.min(answer.len as usize)].to_vec(),
+                })
+            }
+            event::RELEASED => Self::Released { cookie: read::<Released>(record)?.cookie },
+            _ => return None,
+        })
+    }
+}
+
+/// What both sides share has every bit pattern as a value ([`aya::Pod`]).
+pub(super) fn read<T: aya::Pod>(record: &[u8]) -> Option<T> {
+    // SAFETY: there are enough bytes, any bytes are a value of a `Pod`, and the read
+    // does not ask for alignment.
+    (record.len() >= size_of::<T>()).then(|| unsafe { ptr::read_unaligned(record.as_ptr().cast()) })
+}
+
+/// The kernel side leaves the parts of a path last first, each with a NUL.
+fn path(parts: &[u8; PATH + NAME], len: u32) -> String {
+    let parts = &parts[..parts.len().min(len as usize)];
+    let names: Vec<_> = parts.split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
+    let mut path = String::new();
+    for name in names.iter().rev() {
+        path.push('/');
+        path.push_str(&String::from_utf8_lossy(name));
+    }
+    path
+}
+
+/// What a connection is known by: the socket, and for datagrams the process and peer.
+pub(super) fn key(report: &Connection) -> FlowKey {
+    let tcp = report.protocol == 6;
+    FlowKey {
+        cookie: report.cookie,
+        remote: if tcp { [0; 16] } else { report.remote },
+        tgid: if tcp { 0 } else { report.owner.tgid },
+        remote_port: if tcp { 0 } else { report.remote_port },
+        padding: 0,
+    }
+}

@@ -1,0 +1,335 @@
+//! `underpass watch`: every connection of this host, its process and its bytes.
+//!
+//! Programs in the kernel keep the figures with the sockets (`crates/kernel`);
+//! [`programs`] attaches them and reads what they hand out, [`event`] decodes it,
+//! [`state`] knows what follows from it, [`output`] tells it.
+
+pub mod event;
+mod names;
+pub mod output;
+mod place;
+mod programs;
+pub mod state;
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    net::IpAddr,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use nix::sched::{CloneFlags, setns};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::SignalKind,
+};
+use underpass_abi::watch::{COMM, Filter};
+
+use self::{
+    event::{Event, Program},
+    output::Clock,
+    programs::Programs,
+    state::State,
+};
+use crate::{
+    doctor,
+    error::{Error, Result},
+};
+
+/// Arguments of `underpass watch`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// How often totals of living connections are read
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    interval: Duration,
+    /// Only processes of this name, as the kernel has it: at most 15 bytes
+    #[arg(long, value_name = "NAME")]
+    process: Option<String>,
+    /// Only this process
+    #[arg(long, value_name = "N")]
+    pid: Option<u32>,
+    /// Only remote addresses of this network: 192.0.2.0/24, 2001:db8::/32, or one address
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    remote: Option<Network>,
+    /// Only connections with this port on either side
+    #[arg(long, value_name = "N")]
+    port: Option<u16>,
+    /// Leave out connections to the loopback addresses
+    #[arg(long)]
+    no_loopback: bool,
+}
+
+/// Addresses with a common beginning.
+#[derive(Debug, Clone, Copy)]
+struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+fn network(text: &str) -> std::result::Result<Network, String> {
+    let (address, prefix) =
+        text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+    let address: IpAddr = address.parse().map_err(|_| format!("{address} is no IP address"))?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    let prefix =
+        prefix.map_or(Ok(longest), str::parse).map_err(|_| "a prefix is a number of bits".to_owned())?;
+    if prefix > longest {
+        return Err(format!("a prefix of {address} has at most {longest} bits"));
+    }
+    Ok(Network { address, prefix })
+}
+
+impl Args {
+    fn filter(&self) -> Result<Filter> {
+        let mut filter = Filter {
+            tgid: self.pid.unwrap_or(0),
+            port: self.port.unwrap_or(0),
+            no_loopback: u16::from(self.no_loopback),
+            ..Filter::default()
+        };
+        if let Some(name) = &self.process {
+            if name.is_empty() {
+                return Err(Error::Usage("--process takes a name of at least one byte".to_owned()));
+            }
+            // The kernel keeps that many bytes, too.
+            let kept = &name.as_bytes()[..name.len().min(COMM - 1)];
+            filter.comm[..kept.len()].copy_from_slice(kept);
+        }
+        if let Some(Network { address, prefix }) = self.remote {
+            let (bits, prefix) = match address {
+                IpAddr::V4(address) => (address.to_ipv6_mapped().to_bits(), prefix + 96),
+                IpAddr::V6(address) => (address.to_bits(), prefix),
+            };
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            filter.mask = mask.to_be_bytes();
+            filter.remote = (bits & mask).to_be_bytes();
+        }
+        Ok(filter)
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let filter = args.filter()?;
+    if args.interval < Duration::from_millis(10) {
+        return Err(Error::Usage("--interval takes at least 10ms".to_owned()));
+    }
+    let programs = Programs::attach(&filter).map_err(|error| Error::Unable(format!("{error:#}")))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(Watch::begin(programs, args)?.go())?;
+    Ok(())
+}
+
+/// What this kernel and these privileges allow: everything is loaded, attached and
+/// taken away again.
+pub(crate) fn doctor() -> doctor::Function {
+    let mut checks = vec![];
+    let mut missing = vec![];
+    match Programs::attach(&Filter::default()) {
+        Ok(mut programs) => {
+            let detail = "loaded and attached: state changes, iterators".to_owned();
+            checks.push(doctor::Check { name: "programs".to_owned(), ok: true, detail });
+            let read = programs.tcp(false).and_then(|_| programs.seed_files());
+            let detail = read.as_ref().map_or_else(|error| format!("{error:#}"), |()| "readable".to_owned());
+            checks.push(doctor::Check {
+                name: "sockets and open files".to_owned(),
+                ok: read.is_ok(),
+                detail,
+            });
+            missing.append(&mut programs.missing);
+        }
+        Err(error) => {
+            let detail = format!("{error:#}");
+            missing
+                .push(format!("{detail}; watch takes Linux 5.11 or newer with BTF, CAP_BPF and CAP_PERFMON"));
+            checks.push(doctor::Check { name: "programs".to_owned(), ok: false, detail });
+        }
+    }
+    doctor::Function { name: "watch", works: checks.iter().all(|check| check.ok), missing, checks }
+}
+
+/// The one task: drains the ring, asks for totals, tells.
+struct Watch<'a> {
+    programs: Programs,
+    state: State,
+    args: &'a Args,
+    clock: Clock,
+    lost: programs::Counts,
+}
+
+/// How often the ring is looked into where nothing fills it.
+const DRAIN: Duration = Duration::from_millis(200);
+
+impl<'a> Watch<'a> {
+    fn begin(programs: Programs, args: &'a Args) -> Result<Self> {
+        let lost = programs.lost()?;
+        let mut watch = Self { programs, state: State::default(), args, clock: Clock::now(), lost };
+        for missing in &watch.programs.missing {
+            tell(format_args!("missing: {missing}"));
+        }
+        watch.seed()?;
+        Ok(watch)
+    }
+
+    /// Takes stock of what is open already.
+    fn seed(&mut self) -> Result<()> {
+        self.programs.seed_files()?;
+        for namespace in namespaces() {
+            // On a thread of its own, which ends in that namespace. A namespace may be
+            // gone by now, or out of reach without CAP_SYS_ADMIN; the open files above
+            // have told of all sockets but the kernel's own.
+            std::thread::scope(|scope| {
+                let programs = &self.programs;
+                let seeded = scope.spawn(move || {
+                    setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+                    programs.seed_tcp()
+                });
+                drop(seeded.join());
+            });
+        }
+        let open = self.programs.tcp(false)?.into_iter().chain(self.programs.flows(false)?);
+        let open: Vec<_> = open.collect();
+        let now = output::boot_time();
+        let pids: HashSet<_> = open.iter().map(|report| report.owner.tgid).filter(|pid| *pid != 0).collect();
+        for pid in pids {
+            if let Some(program) = program(pid) {
+                self.state.apply(Event::Process(program), now);
+            }
+        }
+        for report in open {
+            self.state.apply(Event::Alive(report), now);
+        }
+        Ok(())
+    }
+
+    async fn go(mut self) -> anyhow::Result<()> {
+        let ring = self.programs.events.as_fd().try_clone_to_owned()?;
+        // SAFETY: the descriptor is owned, and nobody closes or replaces it.
+        let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+        let mut drain = tokio::time::interval(DRAIN.min(self.args.interval));
+        let mut interval = tokio::time::interval(self.args.interval);
+        let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
+        let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
+        for timer in [&mut drain, &mut interval] {
+            timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
+        tell(format_args!("watching"));
+        loop {
+            let goes_on = tokio::select! {
+                guard = ring.readable() => {
+                    guard?.clear_ready();
+                    self.drain()?
+                }
+                _ = drain.tick() => self.drain()?,
+                _ = interval.tick() => self.look()?,
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+            };
+            if !goes_on {
+                return Ok(());
+            }
+        }
+        self.look()?;
+        let (totals, lost) = (self.state.totals(), self.state.lost());
+        tell(format_args!(
+            "{} connections seen, {} of them ended; lost: {}",
+            totals.connections,
+            totals.ended,
+            output::lost_text(lost)
+        ));
+        Ok(())
+    }
+
+    /// Takes in what the ring holds. `false` once nobody reads the output any more.
+    fn drain(&mut self) -> anyhow::Result<bool> {
+        let now = output::boot_time();
+        while let Some(record) = self.programs.events.next() {
+            match Event::decode(&record) {
+                Some(event) => self.state.apply(event, now),
+                None => self.state.undecoded(),
+            }
+        }
+        self.print()
+    }
+
+    /// Takes in the totals of what is alive.
+    fn look(&mut self) -> anyhow::Result<bool> {
+        self.drain()?;
+        let lost = self.programs.lost()?;
+        // A lost record may have been the end of a connection: then look at all.
+        let everything = lost != self.lost;
+        self.lost = lost;
+        let now = output::boot_time();
+        let [events, flows, sockets] = lost;
+        self.state.apply(Event::Lost { events, flows, sockets }, now);
+        for report in self.programs.tcp(everything)?.into_iter().chain(self.programs.flows(everything)?) {
+            self.state.apply(Event::Alive(report), now);
+        }
+        if everything {
+            self.state.apply(Event::Swept, now);
+        }
+        self.state.apply(Event::FlowsRead, now);
+        for flow in self.state.take_forgotten() {
+            self.programs.forget(&flow);
+        }
+        self.state.tick(now);
+        self.print()
+    }
+
+    fn print(&mut self) -> anyhow::Result<bool> {
+        let lines = self.state.take_lines();
+        if lines.is_empty() {
+            return Ok(true);
+        }
+        let mut out = BufWriter::new(io::stdout().lock());
+        let written = lines
+            .iter()
+            .try_for_each(|line| match self.args.json {
+                true => output::json(&mut out, line, self.clock),
+                false => output::text(&mut out, line, self.clock),
+            })
+            .and_then(|()| out.flush());
+        match written {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            written => written.map(|()| true).context("cannot write"),
+        }
+    }
+}
+
+/// A note for people beside the lines.
+fn tell(what: std::fmt::Arguments<'_>) {
+    // Nothing is left to be done if stderr is closed.
+    let _ = writeln!(io::stderr(), "underpass watch: {what}");
+}
+
+/// The network namespaces that any process is in, each once.
+fn namespaces() -> Vec<File> {
+    let mut seen = HashSet::new();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
+        .filter_map(|entry| File::open(entry.path().join("ns/net")).ok())
+        .filter(|namespace| namespace.metadata().is_ok_and(|metadata| seen.insert(metadata.ino())))
+        .collect()
+}
+
+/// What a living process runs, from procfs.
+fn program(pid: u32) -> Option<Program> {
+    let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let cgroup_path = cgroup.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("");
+    let exe = fs::read_link(format!("/proc/{pid}/exe"));
+    Some(Program {
+        pid,
+        exe: exe.map(|exe| exe.to_string_lossy().into_owned()).unwrap_or_default(),
+        cgroup: 0,
+        cgroup_path: if cgroup_path == "/" { String::new() } else { cgroup_path.to_owned() },
+    })
+}

@@ -1,0 +1,298 @@
+//! One line per event: for programs as JSON, for people as text.
+
+use std::{
+    io::{self, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+use underpass_abi::watch::{Address, Connection, PACKET, direction, flag, quality};
+
+use super::{
+    place,
+    state::{Line, Lost, View, What},
+};
+
+/// Which moment of the wall clock the boot clock's zero is.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    zero: SystemTime,
+}
+
+impl Clock {
+    /// Compares the two clocks.
+    pub fn now() -> Self {
+        Self { zero: SystemTime::now() - Duration::from_nanos(boot_time()) }
+    }
+
+    fn wall(self, boot: u64) -> SystemTime {
+        self.zero + Duration::from_nanos(boot)
+    }
+}
+
+/// Nanoseconds of the boot clock.
+pub fn boot_time() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    time.map_or(0, |time| Duration::from(time).as_nanos() as u64)
+}
+
+/// One JSON object a line. Absent is absent: a field that is not known is left out.
+#[derive(Debug, Default, Serialize)]
+struct Json<'a> {
+    time: String,
+    event: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    direction: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    local: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remote: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remote_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    comm: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exe: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netns: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rx_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tx_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rtt_us: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retransmits: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attribution: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lost: Option<LostJson>,
+}
+
+/// What was missed since the start, in the event `lost`.
+#[derive(Debug, Serialize)]
+struct LostJson {
+    events: u64,
+    datagrams: u64,
+    sockets: u64,
+    unattributed: u64,
+    undecoded: u64,
+}
+
+impl From<Lost> for LostJson {
+    fn from(lost: Lost) -> Self {
+        let Lost { events, datagrams, sockets, unattributed, undecoded } = lost;
+        Self { events, datagrams, sockets, unattributed, undecoded }
+    }
+}
+
+/// Writes a line of JSON.
+///
+/// # Errors
+/// Those of the writer.
+pub fn json(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
+    let json = match line {
+        Line::Connection { what, connection } => connection_json(*what, connection, clock),
+        Line::Lost(lost) => Json {
+            time: rfc3339(SystemTime::now()),
+            event: "lost",
+            lost: Some((*lost).into()),
+            ..Json::default()
+        },
+    };
+    serde_json::to_writer(&mut *out, &json)?;
+    out.write_all(b"\n")
+}
+
+fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
+    let report = &view.report;
+    let began = matches!(what, What::Connect | What::Accept);
+    let known = report.owner.quality > quality::NONE;
+    let program = view.program.as_deref();
+    let place = program.map(|program| place::of(&program.cgroup_path)).unwrap_or_default();
+    let time = if began && report.started != 0 { report.started } else { report.at };
+    Json {
+        time: rfc3339(clock.wall(time)),
+        event: event(what),
+        protocol: Some(protocol(report.protocol)),
+        direction: direction_word(report),
+        local: address(&report.local, report.local_port, &report.remote),
+        remote: address(&report.remote, report.remote_port, &report.local),
+        remote_name: view.remote_name.as_deref(),
+        pid: known.then_some(report.owner.tgid),
+        comm: known.then(|| comm(report)),
+        exe: program.map(|program| program.exe.as_str()).filter(|exe| !exe.is_empty()),
+        uid: known.then_some(report.owner.uid),
+        cgroup: program.map(|program| program.cgroup_path.as_str()).filter(|path| !path.is_empty()),
+        container: place.container,
+        unit: place.unit,
+        netns: Some(report.netns),
+        rx_bytes: (!began).then_some(report.rx_bytes),
+        tx_bytes: (!began).then_some(report.tx_bytes),
+        rtt_us: (report.rtt_us != 0 && !began).then_some(report.rtt_us),
+        retransmits: (report.protocol == 6 && !began).then_some(report.retransmits),
+        duration_ms: duration(report).filter(|_| !began).map(|duration| duration.as_millis() as u64),
+        attribution: Some(attribution(report)),
+        lost: None,
+    }
+}
+
+/// Writes a line for people.
+///
+/// # Errors
+/// Those of the writer.
+pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
+    let (what, view) = match line {
+        Line::Connection { what, connection } => (*what, connection),
+        Line::Lost(lost) => return writeln!(out, "lost     {}", lost_text(*lost)),
+    };
+    let report = &view.report;
+    let began = matches!(what, What::Connect | What::Accept) && report.started != 0;
+    let time = rfc3339(clock.wall(if began { report.started } else { report.at }));
+    write!(out, "{} {:<8} {:<5} ", &time[11..23], event(what), protocol(report.protocol))?;
+    let who = if report.owner.quality > quality::NONE {
+        format!("{}[{}]", comm(report), report.owner.tgid)
+    } else {
+        "-".to_owned()
+    };
+    let arrow = match report.direction {
+        direction::INBOUND => "<-",
+        direction::OUTBOUND => "->",
+        _ => "--",
+    };
+    let local = address(&report.local, report.local_port, &report.remote).unwrap_or_else(|| "-".to_owned());
+    let remote = address(&report.remote, report.remote_port, &report.local).unwrap_or_else(|| "-".to_owned());
+    write!(out, "{who:<24} {local} {arrow} {remote}")?;
+    if let Some(name) = &view.remote_name {
+        write!(out, " ({name})")?;
+    }
+    if matches!(what, What::Traffic | What::Close) {
+        write!(out, "  received {} sent {}", bytes(report.rx_bytes), bytes(report.tx_bytes))?;
+        if report.rtt_us != 0 {
+            write!(out, " rtt {:.1}ms", f64::from(report.rtt_us) / 1000.0)?;
+        }
+        if report.retransmits != 0 {
+            write!(out, " retransmits {}", report.retransmits)?;
+        }
+        if let Some(duration) = duration(report).filter(|_| what == What::Close) {
+            write!(out, " after {:.3}s", duration.as_secs_f64())?;
+        }
+    }
+    writeln!(out)
+}
+
+/// Everything that was missed, for people.
+pub fn lost_text(lost: Lost) -> String {
+    format!(
+        "{} events, {} datagrams, {} sockets, {} undecoded; {} connections without a process",
+        lost.events, lost.datagrams, lost.sockets, lost.undecoded, lost.unattributed
+    )
+}
+
+fn event(what: What) -> &'static str {
+    match what {
+        What::Connect => "connect",
+        What::Accept => "accept",
+        What::Traffic => "traffic",
+        What::Close => "close",
+    }
+}
+
+fn direction_word(report: &Connection) -> Option<&'static str> {
+    match report.direction {
+        direction::OUTBOUND => Some("outbound"),
+        direction::INBOUND => Some("inbound"),
+        _ => None,
+    }
+}
+
+/// How the process was found out.
+pub fn attribution(report: &Connection) -> &'static str {
+    match report.owner.quality {
+        quality::SEEN => "kernel",
+        quality::SEEDED => "procfs",
+        quality::LISTENER => "listener",
+        _ => "none",
+    }
+}
+
+/// The protocol's word, or its number where it has none here.
+pub fn protocol(number: u16) -> String {
+    match number {
+        1 => "icmp".to_owned(),
+        6 => "tcp".to_owned(),
+        17 => "udp".to_owned(),
+        33 => "dccp".to_owned(),
+        58 => "icmpv6".to_owned(),
+        132 => "sctp".to_owned(),
+        136 => "udplite".to_owned(),
+        255 => "raw".to_owned(),
+        PACKET => "packet".to_owned(),
+        number => format!("ip-{number}"),
+    }
+}
+
+/// The process' name, threads of the kernel in brackets as ps(1) has them.
+pub fn comm(report: &Connection) -> String {
+    let comm = &report.owner.comm;
+    let end = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
+    let name = String::from_utf8_lossy(&comm[..end]);
+    if report.flags & flag::KERNEL != 0 { format!("[{name}]") } else { name.into_owned() }
+}
+
+/// How long the connection has lasted; `None` where it began before the watch.
+pub fn duration(report: &Connection) -> Option<Duration> {
+    (report.started != 0).then(|| Duration::from_nanos(report.at.saturating_sub(report.started)))
+}
+
+/// An address as people write it; `None` where nothing is known. "Any" is written
+/// in the family of the other side.
+pub fn address(address: &Address, port: u16, other: &Address) -> Option<String> {
+    if *address == [0; 16] && port == 0 {
+        return None;
+    }
+    let any_of_v4 = *address == [0; 16] && matches!(ip(other), IpAddr::V4(_));
+    let ip = if any_of_v4 { IpAddr::from([0, 0, 0, 0]) } else { ip(address) };
+    Some(if port == 0 { ip.to_string() } else { SocketAddr::new(ip, port).to_string() })
+}
+
+/// The address, an IPv4-mapped one as IPv4.
+pub fn ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}
+
+/// A number of bytes, for people.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = UNITS[0];
+    for next in &UNITS[1..] {
+        if value < 1024.0 {
+            break;
+        }
+        (value, unit) = (value / 1024.0, next);
+    }
+    format!("{value:.1} {unit}")
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_micros(time).to_string()
+}
