@@ -104,6 +104,7 @@ async fn through(proxy: &Proxy, to: &HostPort) -> Result<tokio::net::TcpStream, 
 }
 
 /// What a proxy's answer means, for people. Nothing of the login is in it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "the crate's other errors are all about its encoding")]
 fn explain(error: &SocksError, to: &HostPort) -> String {
     match error {
         SocksError::ReplyError(reply) => match reply {

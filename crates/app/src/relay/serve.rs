@@ -38,7 +38,7 @@ const RESERVED_DESCRIPTORS: u64 = 256;
 /// As many connections may wait to be accepted, if the kernel's own limit
 /// (`net.core.somaxconn`) allows.
 const BACKLOG: i32 = 4096;
-const SUMMARY: Duration = Duration::from_secs(60);
+const SUMMARY: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: Args) -> Result<()> {
     let settings = args.settings()?;
@@ -348,6 +348,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the standard library may name more kinds")]
 fn cannot_listen(address: &Listen, error: &io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::AddrInUse => Error::Failed(anyhow::anyhow!(

@@ -544,7 +544,7 @@ impl Pair {
     /// begins at `slot` was carried; on the others all is, always.
     fn watch(&mut self, slot: u32, epoll: &Epoll, tools: &Tools) -> io::Result<()> {
         let Some(kernel) = tools.kernel.as_ref().filter(|_| self.path == Path::Kernel) else { return Ok(()) };
-        for side in [slot % 2, slot % 2 ^ 1] {
+        for side in [slot % 2, (slot % 2) ^ 1] {
             let writes = !self.ends[side as usize ^ 1].held.is_empty();
             let socket = &mut self.ends[side as usize];
             let reads = match &socket.joined {
