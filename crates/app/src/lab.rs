@@ -7,7 +7,10 @@ use std::{
     fs::File,
     io,
     net::IpAddr,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     process::{Child, Command},
 };
 
@@ -49,12 +52,22 @@ impl Namespace {
         })
     }
 
-    /// Starts a process inside the namespace.
+    /// Starts a process inside the namespace. It is killed when the calling thread
+    /// ends, however that happens.
     ///
     /// # Errors
     /// Those of [`Command::spawn`].
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
-        self.enter(|| command.spawn())
+        use nix::sys::{prctl::set_pdeathsig, signal::Signal};
+        // SAFETY: between fork and exec only a system call is made.
+        unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+        // The thread itself has to enter: the signal comes when the thread that has
+        // forked ends.
+        let home = File::open("/proc/thread-self/ns/net")?;
+        setns(&self.net, CloneFlags::CLONE_NEWNET)?;
+        let child = command.spawn();
+        setns(&home, CloneFlags::CLONE_NEWNET)?;
+        child
     }
 
     /// Joins this namespace with another by a veth pair, both ends up.

@@ -4,6 +4,7 @@
 
 pub mod address;
 pub mod btf;
+pub mod capabilities;
 pub mod cli;
 pub mod demo;
 pub mod doctor;

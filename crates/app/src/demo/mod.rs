@@ -6,7 +6,10 @@ use std::io::{IsTerminal as _, Write as _};
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    relay,
+};
 
 /// Arguments of `underpass demo`.
 #[derive(Debug, clap::Args)]
@@ -21,7 +24,10 @@ pub struct Args {
 
 /// The scenes, by the word of the function that each shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Name {}
+enum Name {
+    /// Bytes moved on each path, through a SOCKS5 proxy
+    Relay,
+}
 
 /// What a scene showed.
 #[derive(Debug, Serialize)]
@@ -94,8 +100,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn play(name: Name, quiet: bool) -> Result<Scene> {
     #[expect(clippy::no_effect_underscore_binding, reason = "each scene takes it; there is none yet")]
-    let _progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
-    match name {}
+    let progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
+    match name {
+        Name::Relay => relay::scene(&progress("relay")),
+    }
+    .map_err(|error| Error::Failed(error.context(format!("the scene {name:?} broke off"))))
 }
 
 fn print(scene: &Scene) -> std::io::Result<()> {

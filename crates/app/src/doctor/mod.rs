@@ -1,6 +1,8 @@
 //! `underpass doctor`: what this kernel and these privileges allow, function by
 //! function, found by trying it, never from a version number.
 
+mod host;
+
 use std::io::Write as _;
 
 use anyhow::Context as _;
@@ -8,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     error::{Error, Result},
-    watch,
+    relay, watch,
 };
 
 /// Arguments of `underpass doctor`.
@@ -22,6 +24,7 @@ pub struct Args {
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
+    host: Vec<Check>,
     functions: Vec<Function>,
 }
 
@@ -50,7 +53,8 @@ pub struct Check {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let report = Report { kernel: kernel()?, functions: vec![watch::doctor()] };
+    let functions = vec![relay::doctor(), watch::doctor()];
+    let report = Report { kernel: kernel()?, host: host::checks(), functions };
     let mut out = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &report).context("cannot write the report")?;
@@ -67,14 +71,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn print(out: &mut impl std::io::Write, report: &Report) -> std::io::Result<()> {
     writeln!(out, "kernel {}", report.kernel)?;
+    print_checks(out, &report.host)?;
     for function in &report.functions {
         writeln!(out, "\n{:<10} {}", function.name, if function.works { "works" } else { "does not work" })?;
-        for check in &function.checks {
-            writeln!(out, "  {} {:<28} {}", if check.ok { "ok" } else { "--" }, check.name, check.detail)?;
-        }
+        print_checks(out, &function.checks)?;
         for missing in &function.missing {
             writeln!(out, "  missing: {missing}")?;
         }
+    }
+    Ok(())
+}
+
+fn print_checks(out: &mut impl std::io::Write, checks: &[Check]) -> std::io::Result<()> {
+    for check in checks {
+        writeln!(out, "  {} {:<22} {}", if check.ok { "ok" } else { "--" }, check.name, check.detail)?;
     }
     Ok(())
 }

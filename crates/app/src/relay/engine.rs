@@ -60,6 +60,16 @@ impl Engine {
     }
 }
 
+/// Proves the kernel path, for the doctor.
+///
+/// # Errors
+/// Why it cannot be used.
+pub fn prove() -> anyhow::Result<String> {
+    let (workers, proof) = with_kernel(1)?;
+    workers.iter().for_each(Worker::stop);
+    Ok(proof)
+}
+
 fn plain(count: usize) -> Result<Vec<Worker>> {
     Ok((0..count).map(|_| Worker::start(None)).collect::<anyhow::Result<_>>()?)
 }

@@ -19,7 +19,11 @@ use super::{
     shared::Shared,
     tcp::{self, Position},
 };
-use crate::{btf, object};
+use crate::{
+    btf,
+    capabilities::{Capability, require},
+    object,
+};
 
 /// How many bytes may wait in the kernel for room in a socket's send buffer before
 /// the user side takes over and TCP stops the sender.
@@ -68,6 +72,7 @@ impl Kernel {
     /// Where the kernel lacks a feature, or the process a capability (CAP_BPF and
     /// CAP_NET_ADMIN).
     pub fn load() -> Result<Self> {
+        require(&[Capability::Bpf, Capability::NetAdmin])?;
         let write_seq = btf::field("tcp_sock", "write_seq")?;
         let mut loader = EbpfLoader::new();
         loader.override_global("WRITE_SEQ", &write_seq, true);

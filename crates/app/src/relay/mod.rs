@@ -7,7 +7,9 @@
 //! - `kernel`, `shared`: the kernel path's program and maps;
 //! - `probe`: proves at start that the kernel path is sound here.
 
+mod demo;
 mod dial;
+mod doctor;
 mod engine;
 mod kernel;
 mod pipe;
@@ -21,6 +23,8 @@ mod worker;
 
 use std::io;
 
+pub(crate) use demo::scene;
+pub(crate) use doctor::doctor;
 pub(crate) use serve::run;
 pub use settings::Args;
 

@@ -191,6 +191,6 @@ fn expect_end(from: &mut TcpStream) -> Result<()> {
 }
 
 /// Bytes in which a shifted, lost or repeated part shows.
-fn pattern(len: usize) -> Vec<u8> {
+pub fn pattern(len: usize) -> Vec<u8> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
 }
