@@ -8,6 +8,7 @@
 
 pub mod mux;
 pub mod relay;
+pub mod shortcut;
 pub mod watch;
 
 /// Implements aya's `Pod` for types without padding whose every bit pattern is

@@ -13,4 +13,5 @@ pub mod lab;
 pub mod logging;
 pub mod object;
 pub mod relay;
+pub mod shortcut;
 pub mod watch;

@@ -12,3 +12,5 @@ pub const RELAY: &[u8] = object!("relay");
 pub const PACKET: &[u8] = object!("packet");
 /// watch's programs.
 pub const WATCH: &[u8] = object!("watch");
+/// The shortcut's programs.
+pub const SHORTCUT: &[u8] = object!("shortcut");

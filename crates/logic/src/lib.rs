@@ -7,6 +7,7 @@
 pub mod mux;
 pub mod packet;
 pub mod relay;
+pub mod shortcut;
 
 #[cfg(test)]
 extern crate std;

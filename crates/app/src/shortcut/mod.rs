@@ -1,0 +1,75 @@
+//! `underpass shortcut`: chosen local processes talk socket to socket.
+
+use std::{
+    fs::File,
+    os::fd::AsFd as _,
+    path::Path,
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::eventfd::EventFd;
+
+pub mod cgroup;
+mod helper;
+mod iterate;
+mod plane;
+pub mod summary;
+
+use plane::{Programs, Tables};
+use summary::Summary;
+
+/// What is to be accelerated.
+#[derive(Debug, Default)]
+pub struct Scope {
+    /// Ports, at either end; none means all of them.
+    pub ports: Vec<u16>,
+    /// Habits of reading of which the user accepts the consequences, bits `HABIT_*`
+    /// of `underpass_abi::shortcut`.
+    pub accepted: u32,
+}
+
+/// A shortcut that lasts as long as this value: for the probe, the demo and tests.
+pub struct Shortcut {
+    tables: Arc<Mutex<Tables>>,
+    stop: Arc<EventFd>,
+    helper: Option<JoinHandle<Result<()>>>,
+    /// Detached when dropped, after the helper has ended.
+    _programs: Programs,
+}
+
+impl Shortcut {
+    /// Accelerates connections that are established in a control group from now on.
+    ///
+    /// # Errors
+    /// Where the kernel lacks what it takes, or the privileges are missing.
+    pub fn start(cgroup: &Path, scope: &Scope) -> Result<Self> {
+        let mut programs = Programs::load(scope)?;
+        let tables = Arc::new(Mutex::new(programs.tables()?));
+        let cgroup = File::open(cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
+        programs.attach(&cgroup)?;
+        let stop = Arc::new(EventFd::new()?);
+        let helper = std::thread::spawn({
+            let (tables, stop) = (Arc::clone(&tables), Arc::clone(&stop));
+            move || helper::serve(&tables, stop.as_fd())
+        });
+        Ok(Self { tables, stop, helper: Some(helper), _programs: programs })
+    }
+
+    /// What it did so far.
+    pub fn summary(&self) -> Summary {
+        Summary::of(&helper::lock(&self.tables))
+    }
+}
+
+impl Drop for Shortcut {
+    fn drop(&mut self) {
+        // If the helper does not end, the process does: it holds no more than this one.
+        if self.stop.write(1).is_ok() {
+            let _ = self.helper.take().map(JoinHandle::join);
+        }
+        let _ = helper::drain(&self.tables, Duration::from_secs(1));
+    }
+}
