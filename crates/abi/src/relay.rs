@@ -22,7 +22,8 @@ pub struct Progress {
     pub segments: u64,
     /// The other socket's `write_seq` when the first byte came.
     pub base_seq: u32,
-    /// The sequence number after the last byte seen.
+    /// The sequence number after the last byte seen; at first, after the last byte
+    /// that the user side has read.
     pub last_end: u32,
     /// 1 once `base_seq` and `last_end` hold.
     pub started: u32,

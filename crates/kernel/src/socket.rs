@@ -1,6 +1,7 @@
 //! Raw access to sockets and their segments.
 
 use aya_ebpf::{
+    bindings::tcp_sock,
     helpers::{bpf_get_socket_cookie, bpf_sk_release, bpf_skc_to_tcp_sock, generated::bpf_map_lookup_elem},
     maps::SockHash,
     programs::SkBuffContext,
@@ -29,33 +30,61 @@ pub fn segment_seq(ctx: &SkBuffContext) -> u32 {
     unsafe { (*ctx.skb.skb).cb[0] }
 }
 
-/// The sequence number after the last byte in the send queue of the socket that
-/// `sockets` has under `cookie`. `offset` is that of `write_seq` in `struct tcp_sock`.
+/// A field of the kernel's `struct tcp_sock`: its offset, set by the user side
+/// before the program is loaded.
+#[repr(transparent)]
+pub struct TcpField(u32);
+
+impl TcpField {
+    /// To be set before loading.
+    pub const UNSET: Self = Self(0);
+
+    /// Reads the field, a u32, of a socket.
+    ///
+    /// # Safety
+    /// `tcp` comes from `bpf_skc_to_tcp_sock` and is not null.
+    #[inline(always)]
+    unsafe fn read(&'static self, tcp: *const tcp_sock) -> u32 {
+        // SAFETY: the offset is a constant to the verifier, which checks that a u32
+        // lies there.
+        unsafe {
+            let offset = core::ptr::read_volatile(&raw const self.0) as usize;
+            tcp.cast::<u8>().add(offset).cast::<u32>().read_volatile()
+        }
+    }
+}
+
+/// A field of the socket that the segment has arrived at.
 #[inline(always)]
-pub fn write_seq(sockets: &'static SockHash<u64>, cookie: u64, offset: &'static u32) -> Option<u32> {
+pub fn source(ctx: &SkBuffContext, field: &'static TcpField) -> Option<u32> {
+    // SAFETY: the kernel keeps the segment's socket while the program runs.
+    unsafe {
+        let socket = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if socket.is_null() {
+            return None;
+        }
+        let tcp = bpf_skc_to_tcp_sock(socket.cast());
+        if tcp.is_null() { None } else { Some(field.read(tcp)) }
+    }
+}
+
+/// A field of the socket that `sockets` has under `cookie`.
+#[inline(always)]
+pub fn member(sockets: &'static SockHash<u64>, cookie: u64, field: &'static TcpField) -> Option<u32> {
     // SAFETY: the helper takes a map and a key of its size.
     let socket = unsafe {
-        bpf_map_lookup_elem(
-            core::ptr::from_ref(sockets).cast_mut().cast(),
-            core::ptr::from_ref(&cookie).cast(),
-        )
+        bpf_map_lookup_elem(core::ptr::from_ref(sockets).cast_mut().cast(), core::ptr::from_ref(&cookie).cast())
     };
     if socket.is_null() {
         return None;
     }
     // SAFETY: `socket` is a socket that the lookup took a reference on, given back
-    // below on every way; `offset` is a constant to the verifier, which checks that
-    // a u32 lies there.
+    // below on every way.
     unsafe {
         let tcp = bpf_skc_to_tcp_sock(socket.cast());
-        let seq = if tcp.is_null() {
-            None
-        } else {
-            let offset = core::ptr::read_volatile(offset) as usize;
-            Some(tcp.cast::<u8>().add(offset).cast::<u32>().read_volatile())
-        };
+        let value = if tcp.is_null() { None } else { Some(field.read(tcp)) };
         bpf_sk_release(socket.cast());
-        seq
+        value
     }
 }
 

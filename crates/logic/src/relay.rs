@@ -29,10 +29,11 @@ pub enum Verdict {
 
 /// How many leading bytes of a segment arrived before, and whether it leaves a gap.
 ///
-/// Once in a while the kernel shows a program a segment that begins before the
-/// previous one's end: a retransmission that met a busy socket (seen on 6.18).
-/// TCP's own reader skips what it has read; a sockmap does not, and would deliver
-/// the bytes twice.
+/// A sockmap shows a program whole segments. TCP's own reader skips what was read
+/// before; a program has to, or bytes would be delivered twice. It happens to the
+/// first segment, if the user side has read a part of it before the socket was
+/// joined, and once in a while later: a retransmission that met a busy socket begins
+/// before the previous segment's end (seen on 6.18).
 ///
 /// `seq` is the sequence number of the segment's first byte, host byte order.
 ///
@@ -40,9 +41,6 @@ pub enum Verdict {
 /// [`Gap`] where the segment begins after the previous one's end.
 #[inline(always)]
 pub fn overlap(progress: &Progress, seq: u32) -> Result<u32, Gap> {
-    if progress.started == 0 {
-        return Ok(0);
-    }
     // Sequence numbers wrap; the difference tells before from after (RFC 9293, 3.4).
     let ahead = progress.last_end.wrapping_sub(seq) as i32;
     if ahead < 0 { Err(Gap) } else { Ok(ahead as u32) }
@@ -134,6 +132,11 @@ impl Window {
         if let Some(sum) = self.bytes.get_mut(side as usize) {
             *sum += bytes;
         }
+    }
+
+    /// Bytes moved in both directions.
+    pub fn moved(&self) -> u64 {
+        self.bytes[0] + self.bytes[1]
     }
 
     fn is_bulk(&self) -> bool {

@@ -42,7 +42,7 @@ impl Engine {
                 Err(error) if choice == Choice::Kernel => {
                     return Err(Error::Unable(format!("--path kernel cannot be used here: {error:#}")));
                 }
-                Err(error) => (plain(count)?, Choice::Auto { kernel: false }, format!("not used: {error:#}")),
+                Err(error) => (plain(count)?, choice.without_kernel(), format!("not used: {error:#}")),
             },
         };
         Ok(Self { workers, next: AtomicUsize::new(0), choice, kernel })

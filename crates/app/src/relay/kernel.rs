@@ -20,7 +20,7 @@ use super::{
     tcp::{self, Position},
 };
 use crate::{
-    btf,
+    btf::Btf,
     capabilities::{Capability, require},
     object,
 };
@@ -73,9 +73,12 @@ impl Kernel {
     /// CAP_NET_ADMIN).
     pub fn load() -> Result<Self> {
         require(&[Capability::Bpf, Capability::NetAdmin])?;
-        let write_seq = btf::field("tcp_sock", "write_seq")?;
+        let btf = Btf::of_the_kernel()?;
+        let write_seq = btf.field("tcp_sock", "write_seq")?;
+        let copied_seq = btf.field("tcp_sock", "copied_seq")?;
         let mut loader = EbpfLoader::new();
         loader.override_global("WRITE_SEQ", &write_seq, true);
+        loader.override_global("COPIED_SEQ", &copied_seq, true);
         for map in ["SOCKETS", "PEERS", "COOKIE_TO_SLOT", "PROGRESS", "CREDITS"] {
             loader.map_max_entries(map, SLOTS);
         }

@@ -35,6 +35,8 @@ pub enum Choice {
     Auto {
         /// Whether the kernel path may be used.
         kernel: bool,
+        /// For tests: change to any path each time so many bytes have moved.
+        switch_every: Option<u64>,
     },
     /// The kernel path, and copy for what the kernel refuses.
     Kernel,
@@ -45,9 +47,18 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// The same where the kernel path cannot be used.
+    fn without_kernel(self) -> Self {
+        match self {
+            Self::Auto { switch_every, .. } => Self::Auto { kernel: false, switch_every },
+            Self::Kernel | Self::Copy => Self::Copy,
+            Self::Splice => Self::Splice,
+        }
+    }
+
     fn why(self) -> &'static str {
         match self {
-            Self::Auto { .. } => "nothing speaks for another",
+            Self::Auto { .. } => "as all begin",
             Self::Kernel => "--path kernel",
             Self::Splice => "--path splice",
             Self::Copy => "--path copy",

@@ -42,7 +42,7 @@ impl fmt::Display for Proof {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "proven over {} in {} ms: order, early bytes, half-close, tail, byte counts; a stopped reader stopped its \
+            "proven over {} in {} ms: order, early bytes, half-close, tail, byte counts, changes of path; a stopped reader stopped its \
              sender after {} KiB",
             self.families.join(" and "),
             self.took.as_millis(),
@@ -64,6 +64,7 @@ pub fn run(worker: &Worker) -> Result<Proof> {
         exchange(worker, Ipv6Addr::LOCALHOST.into()).context("over IPv6")?;
         families.push("IPv6");
     }
+    switches(worker).context("with changes of path in the middle of a stream")?;
     let stopped_after = stopped_reader(worker).context("with a reader that stops")?;
     Ok(Proof { families, stopped_after, took: begun.elapsed() })
 }
@@ -73,7 +74,7 @@ fn exchange(worker: &Worker, address: IpAddr) -> Result<()> {
     let (mut client, client_side) = connection(address)?;
     let (mut target, target_side) = connection(address)?;
     client.write_all(EARLY)?;
-    let report = join(worker, client_side, target_side);
+    let report = join(worker, Choice::Kernel, client_side, target_side);
     expect(&mut target, EARLY).context("early bytes")?;
     for round in 0..ROUNDS {
         let sent = [round; 64];
@@ -115,11 +116,33 @@ fn check(report: &Report, expected: [usize; 2]) -> Result<()> {
     Ok(())
 }
 
+/// The kernel path takes over while bytes flow: a segment of which the user side has
+/// read a part must not be delivered from its start.
+fn switches(worker: &Worker) -> Result<()> {
+    let (mut client, client_side) = connection(Ipv4Addr::LOCALHOST.into())?;
+    let (mut target, target_side) = connection(Ipv4Addr::LOCALHOST.into())?;
+    let bulk = pattern(4 * BULK);
+    let choice = Choice::Auto { kernel: true, switch_every: Some(100_000) };
+    let report = join(worker, choice, client_side, target_side);
+    thread::scope(|scope| -> Result<()> {
+        let sender = scope.spawn(|| client.write_all(&bulk).and_then(|()| client.shutdown(Shutdown::Write)));
+        expect(&mut target, &bulk)?;
+        expect_end(&mut target)?;
+        sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+        Ok(())
+    })?;
+    drop((client, target));
+    let report = report.recv_timeout(PATIENCE).context("the connection did not end")?;
+    ensure!(matches!(report.end, End::Closed), "it ended with {:?}", report.end);
+    ensure!(report.bytes[0].total() == bulk.len() as u64, "{:?} were counted", report.bytes[0]);
+    Ok(())
+}
+
 /// A reader that stops has to stop the sender; nothing is lost when it goes on.
 fn stopped_reader(worker: &Worker) -> Result<usize> {
     let (mut client, client_side) = connection(Ipv4Addr::LOCALHOST.into())?;
     let (mut target, target_side) = connection(Ipv4Addr::LOCALHOST.into())?;
-    let report = join(worker, client_side, target_side);
+    let report = join(worker, Choice::Kernel, client_side, target_side);
     // Until the kernel path has it.
     client.write_all(EARLY)?;
     expect(&mut target, EARLY)?;
@@ -163,14 +186,14 @@ fn connection(address: IpAddr) -> Result<(TcpStream, TcpStream)> {
     Ok((ours, prepare(theirs)?))
 }
 
-fn join(worker: &Worker, client: TcpStream, target: TcpStream) -> mpsc::Receiver<Report> {
+fn join(worker: &Worker, choice: Choice, client: TcpStream, target: TcpStream) -> mpsc::Receiver<Report> {
     let (tell, report) = mpsc::channel();
     worker.carry(Job {
         client,
         target,
         connecting: None,
         early: vec![],
-        choice: Choice::Kernel,
+        choice,
         idle: PATIENCE,
         // Nobody waits any more if the probe has failed.
         done: Box::new(move |report| drop(tell.send(report))),

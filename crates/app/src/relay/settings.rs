@@ -10,6 +10,7 @@ use crate::{
 
 /// Where the proxy's password is looked for.
 const PASSWORD_VARIABLE: &str = "UNDERPASS_PROXY_PASSWORD";
+const SWITCH_VARIABLE: &str = "UNDERPASS_TEST_SWITCH_EVERY";
 /// RFC 1929 has one byte for the length of each.
 const LONGEST_CREDENTIAL: usize = 255;
 
@@ -112,7 +113,7 @@ impl Args {
             }
         };
         let choice = match self.path {
-            PathArg::Auto => Choice::Auto { kernel: true },
+            PathArg::Auto => Choice::Auto { kernel: true, switch_every: switch_every()? },
             PathArg::Kernel => Choice::Kernel,
             PathArg::Splice => Choice::Splice,
             PathArg::Copy => Choice::Copy,
@@ -202,6 +203,17 @@ impl FromStr for Proxy {
         }
         let address = address.parse().map_err(|e| format!("{e}; {shape}"))?;
         Ok(Self { address, login: user.map(|user| (user.to_owned(), String::new())) })
+    }
+}
+
+/// Tests force changes of path with it; nobody else should.
+fn switch_every() -> Result<Option<u64>> {
+    let Some(value) = std::env::var_os(SWITCH_VARIABLE) else { return Ok(None) };
+    match value.to_str().and_then(|text| text.parse().ok()) {
+        Some(bytes @ 1..) => Ok(Some(bytes)),
+        _ => Err(Error::Usage(format!(
+            "{SWITCH_VARIABLE} is {value:?}; a number of bytes above 0 was expected"
+        ))),
     }
 }
 

@@ -513,8 +513,25 @@ impl Pair {
             Choice::Copy | Choice::Splice => None,
             Choice::Kernel if self.path == Path::Kernel => None,
             Choice::Kernel => Some((Path::Kernel, Choice::Kernel.why())),
-            Choice::Auto { kernel } => better_path(self.path, &mut self.window, kernel),
+            Choice::Auto { kernel, switch_every: None } => better_path(self.path, &mut self.window, kernel),
+            Choice::Auto { kernel, switch_every: Some(bytes) } => self.any_other_path(bytes, kernel),
         }
+    }
+
+    /// For tests: changes of path where nothing speaks for them.
+    fn any_other_path(&mut self, every: u64, kernel: bool) -> Option<(Path, &'static str)> {
+        let moved = self.window.moved();
+        if moved < every || self.path == Path::Kernel {
+            return None;
+        }
+        self.window = Window::default();
+        // Any way to choose will do that depends on how the bytes happened to come.
+        let path = match (moved ^ self.active.1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 62 {
+            0 if kernel => Path::Kernel,
+            1 => Path::Copy,
+            _ => Path::Splice,
+        };
+        (path != self.path).then_some((path, "forced by a test"))
     }
 
     /// The kernel path takes over only while the user side holds nothing, and only
@@ -533,11 +550,7 @@ impl Pair {
 
     fn give_up_kernel(&mut self, why: &str) {
         self.why = format!("not by the kernel: {why}");
-        self.choice = match self.choice {
-            Choice::Auto { .. } => Choice::Auto { kernel: false },
-            Choice::Kernel | Choice::Copy => Choice::Copy,
-            Choice::Splice => Choice::Splice,
-        };
+        self.choice = self.choice.without_kernel();
     }
 
     /// Tells epoll what is of interest on the kernel path after the direction that

@@ -10,7 +10,7 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use underpass_abi::relay::{BROKEN_GAP, BROKEN_REDIRECT, BROKEN_TRIM, Credit, EVENT_BROKEN, Progress};
-use underpass_kernel::socket;
+use underpass_kernel::socket::{self, TcpField};
 use underpass_logic::relay::{Gap, Verdict, decide, overlap};
 
 underpass_kernel::license!();
@@ -40,7 +40,11 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 
 /// The offset of `write_seq` in the kernel's `struct tcp_sock`; set before loading.
 #[unsafe(no_mangle)]
-static WRITE_SEQ: u32 = 0;
+static WRITE_SEQ: TcpField = TcpField::UNSET;
+
+/// The same of `copied_seq`.
+#[unsafe(no_mangle)]
+static COPIED_SEQ: TcpField = TcpField::UNSET;
 
 #[stream_verdict]
 pub fn relay_verdict(ctx: SkBuffContext) -> u32 {
@@ -82,14 +86,16 @@ fn judge(
 ) -> Result<u32, u32> {
     let seq = socket::segment_seq(ctx);
     let len = ctx.len();
-    let Some(write_seq) = socket::write_seq(&PEERS, cookie, &WRITE_SEQ) else {
+    let Some(write_seq) = socket::member(&PEERS, cookie, &WRITE_SEQ) else {
         return Err(BROKEN_REDIRECT);
     };
-    let old = overlap(progress, seq).map_err(|Gap| BROKEN_GAP)?;
     if progress.started == 0 {
-        progress.started = 1;
+        // The first segment may be one of which the user side has read a part.
+        progress.last_end = socket::source(ctx, &COPIED_SEQ).ok_or(BROKEN_GAP)?;
         progress.base_seq = write_seq;
+        progress.started = 1;
     }
+    let old = overlap(progress, seq).map_err(|Gap| BROKEN_GAP)?;
     if old >= len {
         progress.trimmed += len as u64;
         return Ok(SK_DROP);
