@@ -1,5 +1,7 @@
 //! End to end, in private network namespaces, with the real binary. Needs root.
 
+mod kit;
 mod lab;
+mod relay;
 mod shortcut;
 mod watch;
