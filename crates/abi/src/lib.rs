@@ -6,7 +6,6 @@
 //! a field says otherwise.
 #![no_std]
 
-pub mod dnsguard;
 pub mod mux;
 pub mod relay;
 pub mod shortcut;

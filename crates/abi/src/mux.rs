@@ -89,7 +89,54 @@ impl Slot {
     pub const EMPTY: Self = Self { tag: [0; 2], shape: NO_ROUTE, order: NO_ROUTE, port: 0, counter: 0 };
 }
 
+/// Whose replies leave with another port: a client of a service behind the multiplexer.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flow {
+    /// The client's address; IPv4 is mapped into IPv6 (RFC 4291, section 2.5.5.2).
+    pub client: [u8; 16],
+    /// The address that the client spoke to.
+    pub local: [u8; 16],
+    /// The client's port.
+    pub client_port: u16,
+    /// The port of the service, where the datagrams went.
+    pub service_port: u16,
+}
+
+/// The port that a client spoke to. The upper bits are zero.
+pub type SpokenTo = u32;
+
+/// Counters, one for each thing that can happen to a datagram. The first
+/// [`MAX_ROUTES`] are the routes', by [`Slot::counter`].
+pub mod counter {
+    use super::MAX_ROUTES;
+
+    /// No route took it, and it went to the default port.
+    pub const DEFAULT: u32 = MAX_ROUTES as u32;
+    /// No route took it, and it passed as it was.
+    pub const PASSED: u32 = DEFAULT + 1;
+    /// No route took it, and it was dropped.
+    pub const NO_ROUTE: u32 = DEFAULT + 2;
+    /// Dropped: its payload is too short or too long.
+    pub const WRONG_LENGTH: u32 = DEFAULT + 3;
+    /// Dropped: the tags cannot be read, as they are not in the first fragment.
+    pub const FRAGMENT: u32 = DEFAULT + 4;
+    /// Dropped: several datagrams in one, to be cut later, with different routes.
+    pub const SEGMENTED: u32 = DEFAULT + 5;
+    /// A reply that left with the port that the client spoke to.
+    pub const REPLIES: u32 = DEFAULT + 6;
+    /// An ICMP error about a datagram, made to speak of the port that the client spoke to.
+    pub const ERRORS: u32 = DEFAULT + 7;
+    /// A flow that was new.
+    pub const NEW_FLOWS: u32 = DEFAULT + 8;
+    /// A flow that could not be noted: its replies leave with the service's port.
+    pub const LOST_FLOWS: u32 = DEFAULT + 9;
+    /// How many there are.
+    pub const COUNT: u32 = DEFAULT + 10;
+}
+
 crate::pod! {
+    Flow = 36,
     Shape = 24,
     Slot = 24,
     Table = 24 + 24 * MAX_SHAPES + 2 * BUCKETS + 24 * SLOTS,

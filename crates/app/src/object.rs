@@ -8,11 +8,11 @@ macro_rules! object {
 
 /// The relay's verdict program.
 pub const RELAY: &[u8] = object!("relay");
+/// The UDP multiplexer's programs.
+pub const MUX: &[u8] = object!("mux");
 /// The packet library alone, for its tests and benchmarks.
 pub const PACKET: &[u8] = object!("packet");
 /// watch's programs.
 pub const WATCH: &[u8] = object!("watch");
 /// The shortcut's programs.
 pub const SHORTCUT: &[u8] = object!("shortcut");
-/// dnsguard's programs.
-pub const DNSGUARD: &[u8] = object!("dnsguard");

@@ -7,6 +7,7 @@
 
 use core::cell::OnceCell;
 
+pub mod datagram;
 pub mod frame;
 pub mod http;
 pub mod table;

@@ -72,7 +72,11 @@ pub async fn resolve(host: &HostPort) -> Result<Vec<SocketAddr>, DialError> {
     Ok(addresses)
 }
 
-async fn connect(to: &HostPort) -> Result<tokio::net::TcpStream, DialError> {
+/// Connects to a host, trying each of its addresses.
+///
+/// # Errors
+/// Why it could not be reached.
+pub async fn connect(to: &HostPort) -> Result<tokio::net::TcpStream, DialError> {
     let mut last = io::ErrorKind::NotFound.into();
     for address in resolve(to).await? {
         match tokio::net::TcpStream::connect(address).await {

@@ -8,18 +8,18 @@
 //! - `probe`: proves at start that the kernel path is sound here.
 
 mod demo;
-mod dial;
+pub(crate) mod dial;
 mod doctor;
-mod engine;
+pub(crate) mod engine;
 mod kernel;
 mod pipe;
 mod probe;
-mod report;
-mod serve;
-mod settings;
+pub(crate) mod report;
+pub(crate) mod serve;
+pub(crate) mod settings;
 mod shared;
-mod tcp;
-mod worker;
+pub(crate) mod tcp;
+pub(crate) mod worker;
 
 use std::io;
 

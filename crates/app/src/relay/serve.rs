@@ -181,10 +181,7 @@ impl Relay {
 /// Accepts connections, within the limit.
 struct Acceptor {
     relay: Arc<Relay>,
-    /// Given up for a moment when descriptors run out, so that a client can be
-    /// accepted and closed instead of left waiting.
-    spare: Option<File>,
-    warned: Option<Instant>,
+    refusals: Refusals,
     waiting: Option<Waiting>,
 }
 
@@ -193,7 +190,7 @@ type Waiting = (AsyncFd<TcpStream>, SocketAddr, Instant);
 
 impl Acceptor {
     fn new(relay: Arc<Relay>) -> Self {
-        Self { relay, spare: File::open("/dev/null").ok(), warned: None, waiting: None }
+        Self { relay, refusals: Refusals::default(), waiting: None }
     }
 
     /// Takes what waits to be accepted, or notices that a client that waits for its
@@ -210,7 +207,7 @@ impl Acceptor {
             match guard.try_io(|listener| listener.get_ref().accept()) {
                 Err(_would_block) => return Ok(()),
                 Ok(Ok((client, peer))) => self.take(client, peer),
-                Ok(Err(error)) => self.failed(listener.get_ref(), error)?,
+                Ok(Err(error)) => self.refusals.failed(listener.get_ref(), &self.relay.counts, error)?,
             }
         }
     }
@@ -256,13 +253,43 @@ impl Acceptor {
         }
     }
 
-    fn failed(&mut self, listener: &TcpListener, error: io::Error) -> io::Result<()> {
+    fn refuse(&mut self, why: std::fmt::Arguments<'_>) {
+        self.refusals.refuse(&self.relay.counts, why);
+    }
+}
+
+/// Turns clients away that cannot be served.
+#[derive(Debug)]
+pub(crate) struct Refusals {
+    /// Given up for a moment when descriptors run out, so that a client can be
+    /// accepted and closed instead of left waiting.
+    spare: Option<File>,
+    warned: Option<Instant>,
+}
+
+impl Default for Refusals {
+    fn default() -> Self {
+        Self { spare: File::open("/dev/null").ok(), warned: None }
+    }
+}
+
+impl Refusals {
+    /// Deals with an `accept` that failed.
+    ///
+    /// # Errors
+    /// The error, where the listener itself has failed.
+    pub(crate) fn failed(
+        &mut self,
+        listener: &TcpListener,
+        counts: &Counts,
+        error: io::Error,
+    ) -> io::Result<()> {
         match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => {
                 self.spare = None;
                 drop(listener.accept());
                 self.spare = File::open("/dev/null").ok();
-                self.refuse(format_args!("{error}"));
+                self.refuse(counts, format_args!("{error}"));
                 Ok(())
             }
             // The client has left the queue, or an error of its connection shows here (accept(2)).
@@ -275,8 +302,8 @@ impl Acceptor {
     }
 
     /// Counts a client that was turned away, and says so at most once a second.
-    fn refuse(&mut self, why: std::fmt::Arguments<'_>) {
-        let refused = self.relay.counts.refused.fetch_add(1, Ordering::Relaxed) + 1;
+    pub(crate) fn refuse(&mut self, counts: &Counts, why: std::fmt::Arguments<'_>) {
+        let refused = counts.refused.fetch_add(1, Ordering::Relaxed) + 1;
         if self.warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
             self.warned = Some(Instant::now());
             warn!(refused, "a client is refused: {why}");
@@ -286,7 +313,7 @@ impl Acceptor {
 
 /// Watches a socket of the standard library, which knows nothing of the runtime: the
 /// workers take it as it is.
-fn readable<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
+pub(crate) fn readable<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: the sockets given here own their descriptor, which is not changed, and
     // `AsyncFd` owns them until it is dropped or gives them back.
     Ok(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?)
@@ -311,7 +338,7 @@ async fn has_left(waiting: Option<&Waiting>) {
 }
 
 /// Opens the port; without a host on all addresses of both families.
-async fn listen(address: &Listen) -> Result<TcpListener> {
+pub(crate) async fn listen(address: &Listen) -> Result<TcpListener> {
     let candidates: Vec<SocketAddr> = match &address.host {
         None => vec![([0u16; 8], address.port).into(), ([0u8; 4], address.port).into()],
         Some(host) => {
@@ -367,7 +394,7 @@ fn cannot_listen(address: &Listen, error: &io::Error) -> Error {
 
 /// Allows as many descriptors as this process may have; returns for how many
 /// connections that is enough.
-fn raise_descriptor_limit() -> usize {
+pub(crate) fn raise_descriptor_limit() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 256 };
     // A privileged process may go above its hard limit, up to the system's.
     let system =

@@ -51,7 +51,7 @@ pub struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum PathArg {
+pub enum PathArg {
     /// What suits each connection, while it runs
     Auto,
     /// From socket to socket inside the kernel
@@ -60,6 +60,21 @@ enum PathArg {
     Splice,
     /// Read and write
     Copy,
+}
+
+impl PathArg {
+    /// The choice that the word stands for.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], naming the environment's variable that is wrong.
+    pub fn choice(self) -> Result<Choice> {
+        Ok(match self {
+            Self::Auto => Choice::Auto { kernel: true, switch_every: switch_every()? },
+            Self::Kernel => Choice::Kernel,
+            Self::Splice => Choice::Splice,
+            Self::Copy => Choice::Copy,
+        })
+    }
 }
 
 /// What the relay is to do.
@@ -112,12 +127,7 @@ impl Args {
                 To::Target(Target { address, via })
             }
         };
-        let choice = match self.path {
-            PathArg::Auto => Choice::Auto { kernel: true, switch_every: switch_every()? },
-            PathArg::Kernel => Choice::Kernel,
-            PathArg::Splice => Choice::Splice,
-            PathArg::Copy => Choice::Copy,
-        };
+        let choice = self.path.choice()?;
         Ok(Settings {
             listen: self.listen,
             to,
@@ -217,7 +227,7 @@ fn switch_every() -> Result<Option<u64>> {
     }
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(Duration::ZERO) => Err("a time above 0 was expected".into()),
         Ok(time) => Ok(time),

@@ -2,6 +2,7 @@
 
 mod kit;
 mod lab;
+mod mux;
 mod relay;
 mod shortcut;
 mod watch;

@@ -33,34 +33,45 @@ pub enum Misfit {
 /// Finds the route that is first in order among those whose tags the payload has.
 ///
 /// `window` gives the 16 bytes that end that many bytes after the payload's start
-/// (so they may begin before it), or none if the payload is shorter.
+/// (so they may begin before it), or none if the payload is shorter. `forget` gives
+/// its argument; in the kernel it makes the verifier forget what it knows of the
+/// value ([`Packet::forget`](crate::packet::Packet::forget)). Otherwise each hit and
+/// each miss in each shape would be followed on its own: "BPF program is too large".
 #[inline(always)]
-pub fn find(table: &Table, window: impl Fn(usize) -> Option<[u64; 2]>) -> Option<&Slot> {
-    let mut found = None;
-    let mut order = NO_ROUTE;
-    for (index, shape) in table.shapes.iter().enumerate() {
-        if index >= usize::from(table.shape_count) || shape.best >= order {
+pub fn find(
+    table: &Table,
+    window: impl Fn(usize) -> Option<[u64; 2]>,
+    forget: impl Fn(usize) -> usize,
+) -> Option<&Slot> {
+    const NONE: usize = NO_ROUTE as usize;
+    let mut order = forget(NONE);
+    let mut found = forget(0);
+    for index in 0..MAX_SHAPES {
+        let shape = &table.shapes[index];
+        if index >= usize::from(table.shape_count) || usize::from(shape.best) >= order {
             break; // shapes are sorted: nothing better follows
         }
         let Some(bytes) = window(usize::from(shape.end)) else { continue };
         let tag = [bytes[0] & shape.mask[0], bytes[1] & shape.mask[1]];
-        let slot = &table.slots[place(table, tag, index as u16)];
-        if slot.tag == tag && slot.shape == index as u16 && slot.order < order {
-            order = slot.order;
-            found = Some(slot);
+        let at = place(table, tag, index as u16);
+        let slot = &table.slots[at];
+        if slot.tag == tag && slot.shape == index as u16 && usize::from(slot.order) < order {
+            order = forget(usize::from(slot.order));
+            found = forget(at);
         }
     }
-    found
+    (order != NONE).then(|| &table.slots[found & (SLOTS - 1)])
 }
 
 /// [`find`] in a message that lies in memory.
 pub fn find_in<'t>(table: &'t Table, payload: &[u8]) -> Option<&'t Slot> {
-    find(table, |end| {
+    let window = |end: usize| {
         let mut window = [0; MAX_TAG];
         let kept = end.min(MAX_TAG);
         window[MAX_TAG - kept..].copy_from_slice(payload.get(end - kept..end)?);
         Some(halves(window))
-    })
+    };
+    find(table, window, |value| value)
 }
 
 /// A window as the two integers that a table compares.

@@ -78,13 +78,22 @@ pub fn quoted_source_port<P: PacketMut + ?Sized>(
     quote: &Quote,
     port: u16,
 ) -> Result<(), Short> {
-    let place = Place {
-        at: quote.header + icmp::Header::CHECKSUM,
-        zero_is_none: false,
-        ip: *ip,
-        pseudo_header: false,
-    };
-    port_at(packet, quote.ip.payload + Udp::SOURCE_PORT, port, &place)
+    port_at(packet, quote.ip.payload + Udp::SOURCE_PORT, port, &icmp_checksum(ip, quote))
+}
+
+/// Sets the destination port of the datagram that an ICMP error quotes, in the
+/// quote. The quoted checksum stays as it is.
+///
+/// # Errors
+/// None, for a packet that `ip` and `quote` were parsed from.
+#[inline(always)]
+pub fn quoted_destination_port<P: PacketMut + ?Sized>(
+    packet: &mut P,
+    ip: &Ip,
+    quote: &Quote,
+    port: u16,
+) -> Result<(), Short> {
+    port_at(packet, quote.ip.payload + Udp::DESTINATION_PORT, port, &icmp_checksum(ip, quote))
 }
 
 /// Sets the source address, of the family that the packet has.
@@ -158,6 +167,12 @@ fn udp_checksum(datagram: &Datagram) -> Place {
 #[inline(always)]
 fn tcp_checksum(ip: &Ip, tcp: &Tcp) -> Place {
     Place { at: tcp.header + Tcp::CHECKSUM, zero_is_none: false, ip: *ip, pseudo_header: false }
+}
+
+#[inline(always)]
+fn icmp_checksum(ip: &Ip, quote: &Quote) -> Place {
+    let at = quote.header + icmp::Header::CHECKSUM;
+    Place { at, zero_is_none: false, ip: *ip, pseudo_header: false }
 }
 
 #[inline(always)]

@@ -1,13 +1,10 @@
-//! dnsguard's programs on built packets.
-
-use underpass::object;
-
+//! mux
 use crate::run::load;
-
+use underpass::object;
 #[test]
-fn the_verifier_spends_little_on_the_guard() {
-    let object = load(object::DNSGUARD);
-    for (name, most) in [("dnsguard_xdp", 100_000), ("dnsguard_egress", 80_000), ("dnsguard_tc", 160_000)] {
+fn the_verifier_spends_little_on_the_multiplexer() {
+    let object = load(object::MUX);
+    for (name, most) in [("mux_xdp", 100_000), ("mux_in", 300_000), ("mux_out", 180_000)] {
         let info = object.program(name).unwrap().info().unwrap();
         // Linux 5.16 and up tell.
         let Some(count) = info.verified_instruction_count() else { continue };
