@@ -201,10 +201,13 @@ pub struct Connection {
 /// The protocol of an AF_PACKET socket; IP protocol numbers end at 262.
 pub const PACKET: u16 = 0xffff;
 
-/// How many bytes of a path are kept, and of one of its names.
-pub const PATH: usize = 512;
-/// The longest part of a path that is kept, with its NUL.
-pub const NAME: usize = 64;
+/// How many names of a path are kept, counted from its end.
+pub const DEPTH: usize = 16;
+/// How many bytes of a name are kept, the last one a NUL; a container's scope takes 90.
+pub const NAME: usize = 128;
+
+/// The names of a path, each NUL-terminated, the last part first. Empty ones do not count.
+pub type Path = [[u8; NAME]; DEPTH];
 
 /// A process that uses a socket for the first time since it started its program.
 #[repr(C)]
@@ -218,14 +221,10 @@ pub struct Process {
     pub at: u64,
     /// Its cgroup's number in the unified hierarchy.
     pub cgroup: u64,
-    /// How many bytes of `exe` are used, and of `cgroup_path`.
-    pub exe_len: u32,
-    /// How many bytes of `cgroup_path` are used.
-    pub cgroup_len: u32,
-    /// The names of the program's path, each NUL-terminated, the last part first.
-    pub exe: [u8; PATH + NAME],
-    /// The same for the path of the cgroup.
-    pub cgroup_path: [u8; PATH + NAME],
+    /// The program's path.
+    pub exe: Path,
+    /// The cgroup's path.
+    pub cgroup_path: Path,
 }
 
 /// The longest message from port 53 that is handed on.
@@ -450,7 +449,7 @@ crate::pod!(
     Flow = 120,
     Datagrams = 40,
     Connection = 136,
-    Process = 1184,
+    Process = 4120,
     Answer = 4128,
     Released = 24,
     Peer = 24,

@@ -1,8 +1,8 @@
 //! What the kernel side reports, decoded.
 
-use std::ptr;
+use std::{ptr, time::Duration};
 
-use underpass_abi::watch::{ANSWER, Connection, FlowKey, NAME, PATH, Process, Released, event};
+use underpass_abi::watch::{ANSWER, Address, Connection, FlowKey, Path, Process, Released, event};
 
 /// Something that happened to the watched sockets.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,15 @@ pub enum Event {
     Process(Program),
     /// A name server's answer, or a piece of a TCP stream of them.
     Answer(Answer),
+    /// A reverse look-up has found a name.
+    Name {
+        /// What was looked up.
+        address: Address,
+        /// What was found.
+        name: String,
+        /// For how long that counts.
+        lives: Duration,
+    },
     /// A datagram socket is closed: all its flows have ended.
     Released {
         /// The kernel's number for the socket.
@@ -74,9 +83,9 @@ impl Event {
                 let process: Process = read(record)?;
                 Self::Process(Program {
                     pid: process.tgid,
-                    exe: path(&process.exe, process.exe_len),
+                    exe: path(&process.exe),
                     cgroup: process.cgroup,
-                    cgroup_path: path(&process.cgroup_path, process.cgroup_len),
+                    cgroup_path: path(&process.cgroup_path),
                 })
             }
             event::ANSWER => {
@@ -102,13 +111,14 @@ pub(super) fn read<T: aya::Pod>(record: &[u8]) -> Option<T> {
 }
 
 /// The kernel side leaves the parts of a path last first, each with a NUL.
-fn path(parts: &[u8; PATH + NAME], len: u32) -> String {
-    let parts = &parts[..parts.len().min(len as usize)];
-    let names: Vec<_> = parts.split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
+fn path(parts: &Path) -> String {
     let mut path = String::new();
-    for name in names.iter().rev() {
-        path.push('/');
-        path.push_str(&String::from_utf8_lossy(name));
+    for part in parts.iter().rev() {
+        let end = part.iter().position(|byte| *byte == 0).unwrap_or(part.len());
+        if end > 0 {
+            path.push('/');
+            path.push_str(&String::from_utf8_lossy(&part[..end]));
+        }
     }
     path
 }

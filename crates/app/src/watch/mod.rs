@@ -21,6 +21,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::sched::{CloneFlags, setns};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -176,6 +177,7 @@ impl<'a> Watch<'a> {
             tell(format_args!("missing: {missing}"));
         }
         watch.seed()?;
+        drop_capabilities()?;
         Ok(watch)
     }
 
@@ -308,6 +310,19 @@ impl<'a> Watch<'a> {
 fn tell(what: std::fmt::Arguments<'_>) {
     // Nothing is left to be done if stderr is closed.
     let _ = writeln!(io::stderr(), "underpass watch: {what}");
+}
+
+/// Gives up every capability but CAP_BPF, which older kernels ask for at each use of
+/// a map.
+fn drop_capabilities() -> Result<()> {
+    let keep = CapsHashSet::from_iter([Capability::CAP_BPF]);
+    let has = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
+    let keep: CapsHashSet = has.intersection(&keep).copied().collect();
+    caps::clear(None, CapSet::Inheritable).context("cannot give up capabilities")?;
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &keep).context("cannot give up capabilities")?;
+    }
+    Ok(())
 }
 
 /// The network namespaces that any process is in, each once.

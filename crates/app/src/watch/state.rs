@@ -95,7 +95,6 @@ pub struct Open {
     pub history: VecDeque<u32>,
     last: (u64, u64),
     announced: bool,
-    changed: u64,
     mark: bool,
 }
 
@@ -140,7 +139,7 @@ impl State {
     /// Takes an event in. `now` is in nanoseconds of the boot clock.
     pub fn apply(&mut self, event: Event, now: u64) {
         match event {
-            Event::Ended(report) => self.end(report),
+            Event::Ended(report) => self.end(report, now),
             Event::Alive(report) => self.alive(report, now),
             Event::Process(program) => self.introduce(program),
             Event::Answer(answer) => self.names.learn(&answer, now),
@@ -148,7 +147,8 @@ impl State {
                 self.released.insert(cookie);
             }
             Event::FlowsRead => self.end_flows(now),
-            Event::Swept => self.sweep(),
+            Event::Swept => self.sweep(now),
+            Event::Name { address, name, lives } => self.names.enter(address, &name, lives, now),
             Event::Lost { events, flows, sockets } => {
                 self.lose(Lost { events, datagrams: flows, sockets, ..self.lost })
             }
@@ -228,7 +228,9 @@ impl State {
             let moved = report.rx_bytes != old.rx_bytes || report.tx_bytes != old.tx_bytes;
             let owned = report.owner != old.owner;
             open.view.report = report;
-            open.changed = now;
+            if open.view.remote_name.is_none() {
+                open.view.remote_name = self.names.of(&report.remote, now);
+            }
             if owned {
                 open.view.program = self.programs.get(&report.owner.tgid).cloned();
             }
@@ -240,7 +242,7 @@ impl State {
             }
             return;
         }
-        let view = self.view(report);
+        let view = self.view(report, now);
         let waits = report.direction == direction::INBOUND && report.owner.quality <= quality::LISTENER;
         let open = Open {
             view,
@@ -248,7 +250,6 @@ impl State {
             history: VecDeque::new(),
             last: (0, 0),
             announced: false,
-            changed: now,
             mark: true,
         };
         self.totals.connections += 1;
@@ -268,18 +269,27 @@ impl State {
         {
             open.announced = true;
             let connection = open.view.clone();
-            self.lines.push(Line::Connection { what: opening(&connection.report), connection });
+            let moved = connection.report.rx_bytes + connection.report.tx_bytes > 0;
+            self.lines
+                .push(Line::Connection { what: opening(&connection.report), connection: connection.clone() });
+            if moved {
+                self.lines.push(Line::Connection { what: What::Traffic, connection });
+            }
         }
     }
 
-    fn end(&mut self, report: Connection) {
+    fn end(&mut self, report: Connection, now: u64) {
         let key = key(&report);
         if !self.remember((key, report.started)) {
             return;
         }
-        let view = self.view(report);
+        let mut view = self.view(report, now);
         let announced = match self.open.remove(&key) {
-            Some(open) => open.announced,
+            Some(open) => {
+                // The name it was opened by counts, however long ago that was.
+                view.remote_name = open.view.remote_name.or(view.remote_name);
+                open.announced
+            }
             None => {
                 self.totals.connections += 1;
                 false
@@ -324,16 +334,16 @@ impl State {
             .collect();
         for (key, report) in over {
             self.forget.push(key);
-            self.end(report);
+            self.end(report, now);
         }
         self.released.clear();
     }
 
-    fn sweep(&mut self) {
+    fn sweep(&mut self, now: u64) {
         let gone: Vec<_> =
             self.open.values().filter(|open| !open.mark).map(|open| open.view.report).collect();
         for report in gone {
-            self.end(report);
+            self.end(report, now);
         }
         self.open.values_mut().for_each(|open| open.mark = false);
     }
@@ -353,10 +363,10 @@ impl State {
         }
     }
 
-    fn view(&self, report: Connection) -> View {
+    fn view(&self, report: Connection, now: u64) -> View {
         View {
             program: self.programs.get(&report.owner.tgid).cloned(),
-            remote_name: self.names.of(&report.remote),
+            remote_name: self.names.of(&report.remote, now),
             report,
         }
     }

@@ -6,3 +6,5 @@ mod mux;
 mod relay;
 mod shortcut;
 mod watch;
+mod watch_kinds;
+mod watch_owners;

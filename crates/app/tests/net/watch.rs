@@ -15,7 +15,7 @@ use serde_json::Value;
 use underpass::lab::Namespace;
 
 /// A running `underpass watch --json`.
-struct Watch {
+pub struct Watch {
     child: Child,
     lines: JoinHandle<Vec<Value>>,
     notes: JoinHandle<String>,
@@ -23,7 +23,7 @@ struct Watch {
 
 impl Watch {
     /// Starts it and waits until it watches.
-    fn start(args: &[&str]) -> Self {
+    pub fn start(args: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))
             .args(["watch", "--json"])
             .args(args)
@@ -48,7 +48,7 @@ impl Watch {
     }
 
     /// Ends it and returns what it told: its lines and its notes.
-    fn end(mut self) -> (Vec<Value>, String) {
+    pub fn end(mut self) -> (Vec<Value>, String) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
         let status = self.child.wait().unwrap();
         let told = (self.lines.join().unwrap(), self.notes.join().unwrap());
@@ -58,13 +58,13 @@ impl Watch {
 }
 
 /// The network namespace, as a line names it.
-fn number(namespace: &Namespace) -> u64 {
+pub fn number(namespace: &Namespace) -> u64 {
     use std::os::fd::AsFd as _;
     nix::sys::stat::fstat(namespace.as_fd()).unwrap().st_ino
 }
 
 /// The lines of an event in a namespace.
-fn select<'a>(lines: &'a [Value], namespace: &Namespace, event: &str) -> Vec<&'a Value> {
+pub fn select<'a>(lines: &'a [Value], namespace: &Namespace, event: &str) -> Vec<&'a Value> {
     let number = number(namespace);
     lines.iter().filter(|line| line["netns"] == number && line["event"] == event).collect()
 }

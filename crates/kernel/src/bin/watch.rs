@@ -35,7 +35,7 @@ use aya_ebpf::{
 };
 use underpass_abi::watch::{
     ANSWER, Address, Answer, Calls, Connection, Datagrams, Filter, Flow, FlowKey, NAME, Offsets, Owner,
-    PACKET, PATH, Peer, Process, Released, Socket, control, direction, event, flag, lost, quality,
+    PACKET, Path, Peer, Process, Released, Socket, control, direction, event, flag, lost, quality,
 };
 
 underpass_kernel::license!();
@@ -905,82 +905,64 @@ fn describe(task: Object, tgid: u32) -> u32 {
     let cgroup = probe!(cgroups, dfl_cgrp as Object).unwrap_or(null);
     let kn = probe!(cgroup, kn as Object).unwrap_or(null);
     let number = probe!(kn, kn_id as u64).unwrap_or(0);
-    // SAFETY: the record is ours until it is submitted; every byte that the lengths
-    // speak of is written.
+    // SAFETY: the record is ours until it is submitted; each name's bytes up to its
+    // NUL are written.
     unsafe {
         (*record).kind = event::PROCESS;
         (*record).tgid = tgid;
         (*record).at = now();
         (*record).cgroup = number;
-        (*record).exe_len = file_path(file, &raw mut (*record).exe);
-        (*record).cgroup_len = cgroup_path(kn, &raw mut (*record).cgroup_path);
+        file_path(file, &mut (*record).exe);
+        cgroup_path(kn, &mut (*record).cgroup_path);
     }
     entry.submit(wakeup());
     0
 }
 
-/// How deep a path may be; what lies above is left out.
-const DEPTH: usize = 24;
-
-/// Writes the names of a file's path, the last first, and says how many bytes.
+/// Writes the names of a file's path, the last first. The loop has a fixed number of
+/// rounds and a place for each: with an early end and names back to back the verifier
+/// (6.18) takes 1.7 s instead of a few milliseconds.
 #[inline(always)]
-fn file_path(file: Object, to: *mut [u8; PATH + NAME]) -> u32 {
+fn file_path(file: Object, to: &mut Path) {
     let null: Object = ptr::null();
     let mut dentry = probe!(file, dentry as Object).unwrap_or(null);
     let mut vfsmount = probe!(file, mnt as Object).unwrap_or(null);
     let inside = global!(OFFSETS.mount_mnt) as usize;
-    let mut at = 0;
-    for _ in 0..DEPTH {
+    for name in to {
+        name[0] = 0;
         let parent = probe!(dentry, d_parent as Object).unwrap_or(null);
         let root = probe!(vfsmount, mnt_root as Object).unwrap_or(null);
-        if parent.is_null() {
-            break;
-        }
         if dentry == root || dentry == parent {
             // The top of a mount: go on where it is mounted.
             let mount: Object = vfsmount.wrapping_byte_sub(inside);
             let outer = probe!(mount, mnt_parent as Object).unwrap_or(null);
-            if outer == mount || outer.is_null() {
-                break;
-            }
-            dentry = probe!(mount, mnt_mountpoint as Object).unwrap_or(null);
+            let top = outer == mount || outer.is_null();
+            dentry = if top { null } else { probe!(mount, mnt_mountpoint as Object).unwrap_or(null) };
             vfsmount = outer.wrapping_byte_add(inside);
-            continue;
+        } else {
+            copy_name(name, probe!(dentry, d_name as Object).unwrap_or(null));
+            dentry = parent;
         }
-        at = append(to, at, probe!(dentry, d_name as Object).unwrap_or(null));
-        dentry = parent;
     }
-    at as u32
 }
 
-/// The same for a cgroup's path.
+/// The same for a cgroup's path. The root has no name.
 #[inline(always)]
-fn cgroup_path(kn: Object, to: *mut [u8; PATH + NAME]) -> u32 {
+fn cgroup_path(kn: Object, to: &mut Path) {
     let null: Object = ptr::null();
     let mut kn = kn;
-    let mut at = 0;
-    for _ in 0..DEPTH {
-        let parent = probe!(kn, kn_parent as Object).unwrap_or(null);
-        if parent.is_null() {
-            break;
-        }
-        at = append(to, at, probe!(kn, kn_name as Object).unwrap_or(null));
-        kn = parent;
+    for name in to {
+        name[0] = 0;
+        copy_name(name, probe!(kn, kn_name as Object).unwrap_or(null));
+        kn = probe!(kn, kn_parent as Object).unwrap_or(null);
     }
-    at as u32
 }
 
-/// Adds a name and its NUL at `at` and says where the next may go.
 #[inline(always)]
-fn append(to: *mut [u8; PATH + NAME], at: usize, name: Object) -> usize {
-    if at >= PATH || name.is_null() {
-        return at;
-    }
-    // The mask repeats the comparison in a form that the verifier keeps (6.18).
-    let place = to.cast::<u8>().wrapping_add(at & (PATH - 1));
-    // SAFETY: NAME bytes from any place below PATH lie within the array.
-    let written = unsafe { bpf_probe_read_kernel_str(place.cast(), NAME as u32, name) };
-    if written > 0 { at + (written as usize & (2 * NAME - 1)) } else { at }
+fn copy_name(to: &mut [u8; NAME], name: Object) {
+    // SAFETY: the helper writes at most as many bytes as it is told, and nothing but a
+    // NUL where the name cannot be read.
+    unsafe { bpf_probe_read_kernel_str(to.as_mut_ptr().cast(), NAME as u32, name) };
 }
 
 // ---- Small things ----
