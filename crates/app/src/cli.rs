@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{demo, doctor, error::Result, mux, relay, watch};
+use crate::{demo, dnsguard, doctor, error::Result, mux, relay, status, watch};
 
 /// Moves, filters and watches this host's traffic inside the kernel.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ enum Command {
     Relay(relay::Args),
     /// Every connection of this host, its process and its bytes
     Watch(watch::Args),
+    /// Drop forged DNS answers before the network stack sees them
+    Dnsguard(dnsguard::Args),
     /// One port, many services: what the payload says decides where it goes
     #[command(subcommand)]
     Mux(mux::Command),
@@ -30,6 +32,10 @@ enum Command {
     Doctor(doctor::Args),
     /// Every function at work in private network namespaces, with numbers
     Demo(demo::Args),
+    /// Everything attached or running, and its path
+    Status(status::Args),
+    /// Remove everything that is pinned
+    Down,
 }
 
 impl Cli {
@@ -41,9 +47,12 @@ impl Cli {
         match self.command {
             Command::Relay(args) => relay::run(args),
             Command::Watch(args) => watch::run(&args),
+            Command::Dnsguard(args) => dnsguard::run(&args),
             Command::Mux(command) => mux::run(command),
             Command::Doctor(args) => doctor::run(&args),
             Command::Demo(args) => demo::run(&args),
+            Command::Status(args) => status::status(&args),
+            Command::Down => status::down(),
         }
     }
 }

@@ -16,3 +16,5 @@ pub const PACKET: &[u8] = object!("packet");
 pub const WATCH: &[u8] = object!("watch");
 /// The shortcut's programs.
 pub const SHORTCUT: &[u8] = object!("shortcut");
+/// dnsguard's programs.
+pub const DNSGUARD: &[u8] = object!("dnsguard");

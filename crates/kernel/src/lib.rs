@@ -2,8 +2,23 @@
 #![no_std]
 #![feature(asm_experimental_arch)]
 
+pub mod dnsguard;
 pub mod packet;
 pub mod socket;
+
+/// The program's settings, from its read-only data: the user side writes them before
+/// the program is loaded, so the compiler must not know them, and the verifier does.
+#[macro_export]
+macro_rules! settings {
+    ($static:ident) => {{
+        let mut settings = &raw const $static;
+        // SAFETY: a move of a register; what it points to is as valid as before.
+        unsafe {
+            core::arch::asm!("{0} = {0}", inout(reg) settings, options(pure, readonly, nostack));
+            &*settings
+        }
+    }};
+}
 
 /// The licence that each object declares to the kernel.
 #[macro_export]

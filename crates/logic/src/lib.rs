@@ -4,6 +4,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod dns;
+pub mod dnsguard;
 pub mod mux;
 pub mod packet;
 pub mod relay;

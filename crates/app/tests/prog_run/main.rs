@@ -3,6 +3,7 @@
 #![allow(clippy::wildcard_enum_match_arm, reason = "of aya's many kinds of program two matter here")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod dnsguard;
 mod mux;
 mod packet;
 mod run;

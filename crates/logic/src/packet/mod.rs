@@ -209,6 +209,7 @@ macro_rules! header {
             ///
             /// # Errors
             /// [`Short`](crate::packet::Short) if the packet ends before the header does.
+            #[allow(dead_code, reason = "of a private header only the length may be needed")]
             #[inline(always)]
             pub fn read<P: $crate::packet::Packet + ?Sized>(
                 packet: &P,

@@ -1,0 +1,361 @@
+//! dnsguard: which DNS answers are forged.
+//!
+//! [`judge`] looks at a packet, [`Memory`] is what it knows from packets before.
+//! Whatever cannot be read passes: the guard fails open, and counts that.
+
+use underpass_abi::dnsguard::{
+    Answered, Class, Learned, MAX_PATTERNS, MEMORY_SLOTS, Pattern, RESOLVER_SLOTS, Resolver, Settings, layer,
+    rule, settings_flag,
+};
+
+use crate::{
+    dns::{self, Opt, SingleAnswer},
+    packet::{
+        Packet, Short, Unparsed,
+        ip::{Address, Fragment, Ipv4, Version},
+        udp::Datagram,
+    },
+};
+
+/// The port that DNS servers answer from.
+pub const PORT: u16 = 53;
+/// How many trusted answers in a row make a hop limit known.
+pub const TRUSTED_ANSWERS: u32 = 3;
+
+/// What is remembered from packet to packet. Slots are below the sizes in
+/// `underpass_abi::dnsguard`; two things may share one, and the later wins.
+pub trait Memory {
+    /// Nanoseconds of a clock that never goes back.
+    fn now(&self) -> u64;
+    /// Whether an address is on the list of bogus ones.
+    fn is_bogus(&self, address: Address) -> bool;
+    /// The query in a slot: its key, the lowest bit set if it had an OPT record.
+    fn query(&self, slot: usize) -> u64;
+    /// Remembers a query.
+    fn set_query(&mut self, slot: usize, query: u64);
+    /// What was learned of the resolver in a slot.
+    fn learned(&self, slot: usize) -> Learned;
+    /// Remembers what was learned.
+    fn set_learned(&mut self, slot: usize, learned: Learned);
+    /// The last answer in a slot.
+    fn answered(&self, slot: usize) -> Answered;
+    /// Remembers an answer.
+    fn set_answered(&mut self, slot: usize, answered: Answered);
+}
+
+/// What became of a packet, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Judgement {
+    /// What became of it.
+    pub class: Class,
+    /// Mask of the rules that hit, whether they sufficed or not.
+    pub rules: u32,
+    /// The datagram, once it is known to be an answer of a guarded resolver.
+    pub datagram: Option<Datagram>,
+}
+
+impl Judgement {
+    #[inline(always)]
+    fn passed(class: Class) -> Self {
+        Self { class, rules: 0, datagram: None }
+    }
+}
+
+/// Judges a packet that came in.
+#[inline(always)]
+pub fn judge<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings, memory: &mut M) -> Judgement {
+    let datagram = match Datagram::parse(packet) {
+        Ok(datagram) => datagram,
+        Err(Unparsed::Fragment) => return Judgement::passed(Class::Fragment),
+        Err(Unparsed::Short | Unparsed::Malformed | Unparsed::NotIp | Unparsed::OtherProtocol) => {
+            return Judgement::passed(Class::NotDns);
+        }
+    };
+    if datagram.udp.source_port != PORT {
+        return Judgement::passed(Class::NotDns);
+    }
+    let Ok(source) = datagram.ip.source(packet) else { return Judgement::passed(Class::NotDns) };
+    let slot = slot_of(settings, source);
+    let Some(resolver) = guarded(settings, source, slot) else {
+        return Judgement::passed(Class::OtherServer);
+    };
+    if datagram.ip.fragment != Fragment::Whole {
+        return Judgement::passed(Class::Fragment);
+    }
+    let message = datagram.udp.payload_at();
+    let header = match dns::Header::read(packet, message) {
+        Ok(header) if datagram.udp.payload_length() >= dns::Header::LEN => header,
+        Ok(_) | Err(Short) => return Judgement::passed(Class::Unparsed),
+    };
+    let flags = header.flags.get();
+    if flags & dns::flags::RESPONSE == 0 || header.question_count.get() != 1 {
+        return Judgement::passed(Class::Unparsed);
+    }
+    if flags & dns::flags::TRUNCATED != 0 {
+        return Judgement::passed(Class::Truncated);
+    }
+    match header.answer_count.get() {
+        0 => return Judgement::passed(Class::Empty),
+        1 => {}
+        _ => return Judgement::passed(Class::Several),
+    }
+    let Ok(answer) = SingleAnswer::parse(packet, &header, message, datagram.udp.end) else {
+        return Judgement::passed(Class::Unparsed);
+    };
+    let seen = Seen { datagram: &datagram, source, slot, header: &header, answer: &answer };
+    let Ok(rules) = seen.hits(packet, settings, memory) else {
+        return Judgement::passed(Class::Unparsed);
+    };
+    let class = if suffices(rules, resolver) { Class::Dropped } else { Class::Passed };
+    if class == Class::Passed && rules & !rule::TTL_DEVIATES == 0 && answer.opt == Opt::Present {
+        seen.learn(settings, memory);
+    }
+    Judgement { class, rules, datagram: Some(datagram) }
+}
+
+/// Notes a query that goes out to a guarded resolver; whether it was one.
+#[inline(always)]
+pub fn note_query<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings, memory: &mut M) -> bool {
+    let Ok(datagram) = Datagram::parse(packet) else { return false };
+    if datagram.udp.destination_port != PORT {
+        return false;
+    }
+    let ip = &datagram.ip;
+    let (Ok(source), Ok(destination)) = (ip.source(packet), ip.destination(packet)) else { return false };
+    if guarded(settings, destination, slot_of(settings, destination)).is_none() {
+        return false;
+    }
+    let message = datagram.udp.payload_at();
+    let Ok(header) = dns::Header::read(packet, message) else { return false };
+    let Ok(opt) = dns::query_has_opt(packet, &header, message) else { return false };
+    let key = exchange(source, datagram.udp.source_port, destination, header.id.get());
+    memory.set_query(memory_slot(key), key & !1 | u64::from(opt));
+    true
+}
+
+/// Whether the hits drop the answer: one that suffices alone, or two that count.
+#[inline(always)]
+pub fn suffices(rules: u32, resolver: &Resolver) -> bool {
+    let counting = rules & (resolver.alone | resolver.paired);
+    rules & resolver.alone != 0 || counting & counting.wrapping_sub(1) != 0
+}
+
+/// The slot of a resolver's address in [`Settings::resolvers`] and in what is learned.
+#[inline(always)]
+pub fn slot_of(settings: &Settings, address: Address) -> usize {
+    let [high, low] = words(address);
+    (mix(mix(settings.hash_seed, high), low) >> 56) as usize % RESOLVER_SLOTS
+}
+
+#[inline(always)]
+fn guarded(settings: &Settings, address: Address, slot: usize) -> Option<&Resolver> {
+    let resolver = &settings.resolvers[slot];
+    if words(Address(resolver.address)) == words(address) {
+        return Some(resolver);
+    }
+    (settings.flags & settings_flag::ANY != 0).then_some(&settings.any)
+}
+
+/// A single answer of a guarded resolver, and all that was read of it.
+struct Seen<'a> {
+    datagram: &'a Datagram,
+    source: Address,
+    slot: usize,
+    header: &'a dns::Header,
+    answer: &'a SingleAnswer,
+}
+
+impl Seen<'_> {
+    /// Mask of the rules that are on and hit.
+    #[inline(always)]
+    fn hits<P: Packet + ?Sized, M: Memory>(
+        &self,
+        packet: &P,
+        settings: &Settings,
+        memory: &mut M,
+    ) -> Result<u32, Short> {
+        let on = |rule: u32| settings.enabled & rule != 0;
+        // Each rule is forgotten once it is looked at: else the verifier follows every
+        // combination of hits.
+        let forgotten = |hits: u32| packet.forget(hits as usize) as u32;
+        let mut hits = 0;
+        if self.datagram.ip.version == Version::V4 && on(rule::IP_ID_ZERO | rule::DONT_FRAGMENT) {
+            let ip = Ipv4::read(packet, self.datagram.ip.header)?;
+            if ip.identification.get() == 0 {
+                hits |= rule::IP_ID_ZERO;
+            }
+            if ip.dont_fragment() {
+                hits |= rule::DONT_FRAGMENT;
+            }
+            hits = forgotten(hits);
+        }
+        if self.header.flags.get() & dns::flags::AUTHORITATIVE != 0 && self.header.authority_count.get() == 0
+        {
+            hits |= rule::AUTHORITATIVE;
+        }
+        if self.answer.full_name {
+            hits |= rule::FULL_NAME;
+        }
+        hits = forgotten(hits);
+        if on(rule::BOGUS_ADDRESS) && settings.flags & settings_flag::BOGUS != 0 {
+            let address = match (self.answer.kind, self.answer.length) {
+                (dns::kind::A, 4) => Some(Address::v4(packet.bytes(self.answer.data)?)),
+                (dns::kind::AAAA, 16) => Some(Address(packet.bytes(self.answer.data)?)),
+                _ => None,
+            };
+            if address.is_some_and(|address| memory.is_bogus(address)) {
+                hits |= rule::BOGUS_ADDRESS;
+            }
+            hits = forgotten(hits);
+        }
+        if on(rule::TTL_DEVIATES) && self.ttl_deviates(settings, memory) {
+            hits |= rule::TTL_DEVIATES;
+        }
+        hits = forgotten(hits);
+        if on(rule::NO_EDNS | rule::DUPLICATE) {
+            hits = forgotten(hits | self.exchange_hits(packet, settings, memory)?);
+        }
+        for (nth, pattern) in settings.patterns.iter().enumerate().take(MAX_PATTERNS) {
+            if nth >= settings.pattern_count as usize {
+                break;
+            }
+            if matches(packet, self.datagram, pattern) {
+                hits |= rule::FIRST_PATTERN << nth;
+            }
+            hits = forgotten(hits);
+        }
+        Ok(hits & settings.enabled)
+    }
+
+    /// The rules that compare the answer with the query, or with another answer.
+    #[inline(always)]
+    fn exchange_hits<P: Packet + ?Sized, M: Memory>(
+        &self,
+        packet: &P,
+        settings: &Settings,
+        memory: &mut M,
+    ) -> Result<u32, Short> {
+        let mut hits = 0;
+        let client = self.datagram.ip.destination(packet)?;
+        let key = exchange(client, self.datagram.udp.destination_port, self.source, self.header.id.get());
+        let slot = memory_slot(key);
+        if self.answer.opt == Opt::Absent && memory.query(slot) == key | 1 {
+            hits |= rule::NO_EDNS;
+        }
+        if settings.enabled & rule::DUPLICATE != 0 {
+            let now = memory.now();
+            let answer = self.fingerprint(packet);
+            let before = memory.answered(slot);
+            if before.key != key || now.saturating_sub(before.at) > settings.duplicate_window_ns {
+                memory.set_answered(slot, Answered { key, answer, at: now });
+            } else if before.answer != answer {
+                hits |= rule::DUPLICATE;
+            }
+        }
+        Ok(hits)
+    }
+
+    /// A hash of what is answered: of an address all of it, else the record's start.
+    #[inline(always)]
+    fn fingerprint<P: Packet + ?Sized>(&self, packet: &P) -> u64 {
+        let kind = u64::from(self.answer.kind) << 32 | self.answer.length as u64;
+        let data = match (self.answer.length >= 16, self.answer.length >= 4) {
+            (true, _) => words(Address(packet.bytes(self.answer.data).unwrap_or_default())),
+            (false, true) => {
+                [0, u64::from(u32::from_ne_bytes(packet.bytes(self.answer.data).unwrap_or_default()))]
+            }
+            (false, false) => [0, 0],
+        };
+        mix(mix(kind, data[0]), data[1])
+    }
+
+    #[inline(always)]
+    fn ttl_deviates<M: Memory>(&self, settings: &Settings, memory: &M) -> bool {
+        let learned = memory.learned(self.slot);
+        words(Address(learned.address)) == words(self.source)
+            && learned.answers >= TRUSTED_ANSWERS
+            && deviates(&learned, self.datagram.ip.hop_limit, settings)
+            && memory.now().saturating_sub(learned.at) <= settings.ttl_remember_ns
+    }
+
+    /// Learns from a trusted answer. One that agrees is only noted now and then, as
+    /// reading the clock costs more than all else here.
+    #[inline(always)]
+    fn learn<M: Memory>(&self, settings: &Settings, memory: &mut M) {
+        let hop_limit = self.datagram.ip.hop_limit;
+        let mut learned = memory.learned(self.slot);
+        let same_resolver = words(Address(learned.address)) == words(self.source);
+        if same_resolver && !deviates(&learned, hop_limit, settings) {
+            learned.answers = learned.answers.saturating_add(1);
+            if learned.answers <= TRUSTED_ANSWERS || learned.answers.is_multiple_of(16) {
+                learned.at = memory.now();
+            }
+        } else {
+            // With `any`, resolvers may share a slot: the later one has it.
+            learned = Learned {
+                address: self.source.0,
+                at: memory.now(),
+                answers: 1,
+                hop_limit: u32::from(hop_limit),
+            };
+        }
+        memory.set_learned(self.slot, learned);
+    }
+}
+
+#[inline(always)]
+fn deviates(learned: &Learned, hop_limit: u8, settings: &Settings) -> bool {
+    learned.hop_limit.abs_diff(u32::from(hop_limit)) > settings.ttl_tolerance
+}
+
+/// Whether a packet has a pattern's bytes; one that ends before has not.
+#[inline(always)]
+fn matches<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, pattern: &Pattern) -> bool {
+    let base = match pattern.layer {
+        layer::IP => datagram.ip.header,
+        layer::UDP => datagram.udp.header,
+        _ => datagram.udp.payload_at(),
+    };
+    let at = packet.forget(base + usize::from(pattern.offset));
+    if at + usize::from(pattern.length) > datagram.udp.end {
+        return false;
+    }
+    for nth in 0..pattern.bytes.len() {
+        if nth >= usize::from(pattern.length) {
+            break;
+        }
+        let Ok([byte]) = packet.bytes(at + nth) else { return false };
+        if (byte ^ pattern.bytes[nth]) & pattern.mask[nth] != 0 {
+            return false;
+        }
+    }
+    true
+}
+
+/// A hash of who asks whom under which identifier, its lowest bit clear. An empty slot
+/// is 0, which no exchange is.
+#[inline(always)]
+fn exchange(client: Address, port: u16, resolver: Address, id: u16) -> u64 {
+    let [a, b] = words(client);
+    let [c, d] = words(resolver);
+    let ports = u64::from(port) << 16 | u64::from(id) | 1 << 32;
+    (mix(mix(mix(mix(ports, a), b), c), d) | 1 << 63) & !1
+}
+
+#[inline(always)]
+fn memory_slot(key: u64) -> usize {
+    (key >> 32) as usize % MEMORY_SLOTS
+}
+
+#[inline(always)]
+fn words(Address(bytes): Address) -> [u64; 2] {
+    zerocopy::transmute!(bytes)
+}
+
+/// One step of a multiplicative hash: good enough for slots, not against an attacker,
+/// who can at most make two exchanges share one.
+#[inline(always)]
+fn mix(hash: u64, word: u64) -> u64 {
+    let hash = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    hash ^ (hash >> 32)
+}
