@@ -170,3 +170,236 @@ pub fn better_path(now: Path, window: &mut Window, kernel: bool) -> Option<(Path
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::VecDeque, vec, vec::Vec};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// One thing that happens to a direction, in any order.
+    #[derive(Debug, Clone)]
+    enum Step {
+        /// A segment arrives: so many old bytes again, then new ones.
+        Arrive { old: u32, new: u32 },
+        /// The program judges the next segment.
+        Judge,
+        /// The kernel puts so many redirected bytes into the other socket's queue.
+        Queue(u32),
+        /// The user side reads, and writes, as much as this.
+        Carry { read: u32, write: u32 },
+    }
+
+    /// A direction without a kernel. Bytes are known by their place in the stream.
+    struct Model {
+        first_seq: u32,
+        arrived: u64,
+        segments: VecDeque<(u64, u32)>,
+        redirected: VecDeque<(u64, u32)>,
+        passed: VecDeque<(u64, u32)>,
+        held: Option<(u64, u32)>,
+        delivered: u64,
+        told: bool,
+        checked: Option<u64>,
+        progress: Progress,
+        credit: Credit,
+    }
+
+    impl Model {
+        /// The user side has read `read` bytes of the stream before the hand-over,
+        /// among them perhaps a part of the first segment.
+        fn new(first_seq: u32, cap: u64) -> Self {
+            let progress = Progress { started: 1, base_seq: 7, last_end: first_seq, ..Progress::default() };
+            Self {
+                first_seq,
+                arrived: 0,
+                segments: VecDeque::new(),
+                redirected: VecDeque::new(),
+                passed: VecDeque::new(),
+                held: None,
+                delivered: 0,
+                told: false,
+                checked: None,
+                progress,
+                credit: Credit { cap, ..Credit::default() },
+            }
+        }
+
+        fn step(&mut self, step: &Step) {
+            match *step {
+                Step::Arrive { old, new } => {
+                    let start = self.arrived.saturating_sub(old.into());
+                    let old = (self.arrived - start) as u32;
+                    self.segments.push_back((start, old + new));
+                    self.arrived += u64::from(new);
+                }
+                Step::Judge => self.judge(),
+                Step::Queue(most) => self.queue(most),
+                Step::Carry { read, write } => self.carry(read, write),
+            }
+        }
+
+        fn write_seq(&self) -> u32 {
+            self.progress.base_seq.wrapping_add(self.delivered as u32)
+        }
+
+        fn judge(&mut self) {
+            let Some((start, len)) = self.segments.pop_front() else { return };
+            let seq = self.first_seq.wrapping_add(start as u32);
+            let old = overlap(&self.progress, seq).expect("the model leaves no gap");
+            if old >= len {
+                return;
+            }
+            self.progress.last_end = seq.wrapping_add(len);
+            let (start, len) = (start + u64::from(old), len - old);
+            match decide(&self.progress, &self.credit, self.write_seq(), len) {
+                Verdict::Redirect => {
+                    self.redirected.push_back((start, len));
+                    self.progress.redirected += u64::from(len);
+                }
+                Verdict::Pass => self.pass(start, len),
+                Verdict::PassAndTell => {
+                    self.told = true;
+                    self.pass(start, len);
+                }
+            }
+            let waiting = waiting(&self.progress, &self.credit, self.write_seq());
+            assert!(u64::from(waiting) <= self.credit.cap, "{waiting} bytes wait");
+        }
+
+        fn pass(&mut self, start: u64, len: u32) {
+            assert!(self.told, "bytes are passed and nobody knows");
+            self.passed.push_back((start, len));
+            self.progress.passed += u64::from(len);
+        }
+
+        fn queue(&mut self, most: u32) {
+            let Some((start, len)) = self.redirected.pop_front() else { return };
+            let now = len.min(most);
+            self.deliver(start, now);
+            if now < len {
+                self.redirected.push_front((start + u64::from(now), len - now));
+            }
+        }
+
+        fn carry(&mut self, read: u32, write: u32) {
+            if self.held.is_none() {
+                if self.progress.passed == self.credit.consumed {
+                    return;
+                }
+                if self.checked != Some(self.progress.redirected) {
+                    if !may_write(&self.progress, &self.credit, self.delivered) {
+                        return;
+                    }
+                    self.checked = Some(self.progress.redirected);
+                }
+                let Some((start, len)) = self.passed.pop_front() else { return };
+                let now = len.min(read.max(1));
+                if now < len {
+                    self.passed.push_front((start + u64::from(now), len - now));
+                }
+                self.held = Some((start, now));
+            }
+            let Some((start, len)) = self.held.take() else { return };
+            let now = len.min(write);
+            self.deliver(start, now);
+            self.credit.consumed += u64::from(now);
+            if now < len {
+                self.held = Some((start + u64::from(now), len - now));
+            }
+            if self.progress.passed == self.credit.consumed {
+                self.told = false;
+            }
+        }
+
+        fn deliver(&mut self, start: u64, len: u32) {
+            assert_eq!(start, self.delivered, "bytes overtook others, were lost or came twice");
+            self.delivered += u64::from(len);
+        }
+
+        fn is_drained(&self, fin: u64) -> bool {
+            is_drained(&self.progress, &self.credit, self.arrived + fin, self.delivered)
+        }
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (prop_oneof![9 => Just(0u32), 1 => 0u32..100_000], 1u32..70_000)
+                .prop_map(|(old, new)| Step::Arrive { old, new }),
+            4 => Just(Step::Judge),
+            3 => (1u32..100_000).prop_map(Step::Queue),
+            3 => (1u32..70_000, 0u32..70_000).prop_map(|(read, write)| Step::Carry { read, write }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_once_and_in_order(
+            first_seq: u32,
+            cap in prop_oneof![Just(0u64), 1u64..4096, 1u64..1_000_000],
+            steps in prop::collection::vec(step(), 1..200),
+        ) {
+            let mut model = Model::new(first_seq, cap);
+            for step in &steps {
+                model.step(step);
+                // With the FIN, whose place is after the last byte.
+                prop_assert!(!model.is_drained(1) || model.delivered == model.arrived);
+            }
+            // Whatever happened, nothing is stuck: it drains when all take their turns.
+            for _ in 0..steps.len() * 200 {
+                model.step(&Step::Judge);
+                model.step(&Step::Queue(u32::MAX));
+                model.step(&Step::Carry { read: u32::MAX, write: u32::MAX });
+            }
+            prop_assert_eq!(model.delivered, model.arrived);
+            prop_assert!(model.is_drained(1));
+        }
+    }
+
+    #[test]
+    fn a_gap_is_an_error() {
+        let progress = Progress { started: 1, last_end: u32::MAX, ..Progress::default() };
+        assert_eq!(overlap(&progress, u32::MAX), Ok(0));
+        assert_eq!(overlap(&progress, u32::MAX - 9), Ok(9));
+        // Sequence numbers wrap.
+        assert_eq!(overlap(&progress, 0), Err(Gap));
+    }
+
+    fn after(path: Path, kernel: bool, visits: &[(u32, u64)]) -> Vec<Path> {
+        let (mut window, mut now, mut taken) = (Window::default(), path, vec![]);
+        for (side, bytes) in visits {
+            window.note(*side, *bytes);
+            if let Some((path, _)) = better_path(now, &mut window, kernel) {
+                now = path;
+                taken.push(path);
+            }
+        }
+        taken
+    }
+
+    #[test]
+    fn exchanges_go_to_the_kernel_bulk_to_splice() {
+        let exchanges: Vec<_> = (0..100).map(|i| (i % 2, 64)).collect();
+        let bulk: Vec<_> = (0..100).map(|_| (1, 60_000)).collect();
+        assert_eq!(after(Path::Copy, true, &exchanges), [Path::Kernel]);
+        assert_eq!(after(Path::Splice, true, &exchanges), [Path::Kernel]);
+        assert_eq!(after(Path::Copy, false, &exchanges), []);
+        assert_eq!(after(Path::Copy, true, &bulk), [Path::Splice]);
+        assert_eq!(after(Path::Kernel, true, &bulk), []);
+    }
+
+    #[test]
+    fn a_short_connection_stays_where_it_began() {
+        let short: Vec<_> = (0..16).map(|i| (i % 2, 4000)).collect();
+        assert_eq!(after(Path::Copy, true, &short), []);
+    }
+
+    #[test]
+    fn bulk_then_exchanges_follows_both() {
+        let mut visits: Vec<_> = (0..40).map(|_| (1, 60_000)).collect();
+        visits.extend((0..80).map(|i| (i % 2, 64)));
+        assert_eq!(after(Path::Copy, true, &visits), [Path::Splice, Path::Kernel]);
+    }
+}
