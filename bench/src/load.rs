@@ -140,15 +140,14 @@ pub struct Bulk {
 }
 
 impl Clients<'_> {
-    /// Waits until somebody listens.
+    /// Waits until an exchange succeeds: a relay may listen before it is ready.
     pub fn wait(&self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
+        let knock = || ask(self.to, Ask::Echo).and_then(|mut stream| exchange(&mut stream, &mut [0x55; 64]));
         loop {
-            match self.namespace.enter(|| TcpStream::connect(self.to)) {
+            match self.namespace.enter(knock) {
                 Ok(_) => return Ok(()),
-                Err(e) if Instant::now() > deadline => {
-                    return Err(e).with_context(|| format!("nobody listens at {}", self.to));
-                }
+                Err(e) if Instant::now() > deadline => return Err(e),
                 Err(_) => thread::sleep(Duration::from_millis(10)),
             }
         }

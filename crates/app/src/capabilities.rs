@@ -63,7 +63,11 @@ pub fn effective() -> Result<Vec<Capability>> {
     // CAP_SYS_ADMIN includes what was split off it in Linux 5.8.
     let granted = |capability| match capability {
         Capability::Bpf | Capability::Perfmon => has(capability) || has(Capability::SysAdmin),
-        other => has(other),
+        Capability::NetBindService
+        | Capability::NetAdmin
+        | Capability::NetRaw
+        | Capability::SysAdmin
+        | Capability::SysResource => has(capability),
     };
     Ok(Capability::ALL.into_iter().filter(|capability| granted(*capability)).collect())
 }

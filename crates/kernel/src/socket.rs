@@ -73,7 +73,10 @@ pub fn source(ctx: &SkBuffContext, field: &'static TcpField) -> Option<u32> {
 pub fn member(sockets: &'static SockHash<u64>, cookie: u64, field: &'static TcpField) -> Option<u32> {
     // SAFETY: the helper takes a map and a key of its size.
     let socket = unsafe {
-        bpf_map_lookup_elem(core::ptr::from_ref(sockets).cast_mut().cast(), core::ptr::from_ref(&cookie).cast())
+        bpf_map_lookup_elem(
+            core::ptr::from_ref(sockets).cast_mut().cast(),
+            core::ptr::from_ref(&cookie).cast(),
+        )
     };
     if socket.is_null() {
         return None;

@@ -99,7 +99,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn play(name: Name, quiet: bool) -> Result<Scene> {
-    #[expect(clippy::no_effect_underscore_binding, reason = "each scene takes it; there is none yet")]
     let progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
     match name {
         Name::Relay => relay::scene(&progress("relay")),

@@ -222,7 +222,8 @@ fn switch_every() -> Result<Option<u64>> {
     match value.to_str().and_then(|text| text.parse().ok()) {
         Some(bytes @ 1..) => Ok(Some(bytes)),
         _ => Err(Error::Usage(format!(
-            "{SWITCH_VARIABLE} is {value:?}; a number of bytes above 0 was expected"
+            "{SWITCH_VARIABLE} is {}; a number of bytes above 0 was expected",
+            value.display()
         ))),
     }
 }

@@ -84,6 +84,7 @@ impl Names {
         self.known.get(address).filter(|known| now <= known.until).map(|known| known.name.clone())
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "of all kinds of records two carry addresses")]
     /// Learns from the addresses that belong to the question, along its CNAMEs.
     fn message(&mut self, bytes: &[u8], now: u64) {
         let Ok(message) = Message::from_vec(bytes) else { return };

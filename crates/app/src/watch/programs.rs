@@ -200,6 +200,7 @@ where
     Ok(program.try_into()?)
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "of aya's kinds of maps iterators take two")]
 fn map_fd(object: &Ebpf, name: &str) -> Result<OwnedFd> {
     let map = object.map(name).with_context(|| format!("the object has no map {name}"))?;
     let data = match map {

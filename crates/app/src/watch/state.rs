@@ -27,7 +27,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { first_use: Duration::from_secs(2), idle: Duration::from_secs(60) }
+        Self { first_use: Duration::from_secs(2), idle: Duration::from_mins(1) }
     }
 }
 
