@@ -4,7 +4,11 @@
 //! XDP is attached by a link (Linux 5.9), TC by a TCX link (Linux 6.6) or else by a
 //! netlink filter in a clsact qdisc, which needs no pin to stay.
 
-use std::{io, path::Path};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::Path,
+};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
@@ -430,12 +434,15 @@ pub fn detach_egress(name: &str, interface: &str, by: By, folder: &Folder) -> Re
 
 fn release(name: &str, interface: &str, at: TcAttachType, by: By, pin: &Path) -> Result<()> {
     match by {
-        By::Link => match std::fs::remove_file(pin) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(anyhow!(error).context(format!("cannot remove {}", pin.display())).into())
+        By::Link => {
+            detach_now(pin);
+            match std::fs::remove_file(pin) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(anyhow!(error).context(format!("cannot remove {}", pin.display())).into())
+                }
+                _ => Ok(()),
             }
-            _ => Ok(()),
-        },
+        }
         By::Filter { .. } => {
             // An interface that is gone has taken its filters with it.
             if nix::net::if_::if_nametoindex(interface).is_err() {
@@ -449,11 +456,43 @@ fn release(name: &str, interface: &str, at: TcAttachType, by: By, pin: &Path) ->
     }
 }
 
+/// Detaches a pinned link at once. Without this the kernel does it a moment after its
+/// last pin is gone, when somebody may want to attach again already. Where it fails,
+/// removing the pin still detaches.
+fn detach_now(pin: &Path) {
+    // `bpf(2)`'s commands that aya does not have: it keeps a link's descriptor to itself,
+    // so that another one has to be opened by the link's number. Since Linux 5.9.
+    const LINK_GET_FD_BY_ID: libc::c_int = 30;
+    const LINK_DETACH: libc::c_int = 34;
+    let command = |command: libc::c_int, first: u32| {
+        let mut attribute = [0_u32; 32];
+        attribute[0] = first;
+        // SAFETY: the attribute is longer than what these commands read, and outlives the call.
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attribute, size_of_val(&attribute)) };
+        i32::try_from(result).ok().filter(|result| *result >= 0)
+    };
+    let Ok(link) = PinnedLink::from_pin(pin) else { return };
+    let Ok(info) = FdLink::from(link).info() else { return };
+    if let Some(fd) = command(LINK_GET_FD_BY_ID, info.id()) {
+        // SAFETY: the kernel has just opened it for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        command(LINK_DETACH, fd.as_raw_fd() as u32);
+    }
+}
+
+/// The name of an interface of the network namespace that this runs in.
+pub fn interface_name(index: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(index).ok()?.into_string().ok()?;
+    // For a number that was in use this gives an empty name instead of an error.
+    (!name.is_empty()).then_some(name)
+}
+
 /// Whether the link of an attachment still has its interface: one that is gone leaves
 /// a link that is attached to nothing.
 pub fn is_alive(attached: &Attached, interface: u32, folder: &Folder) -> bool {
-    let there = nix::net::if_::if_indextoname(interface).is_ok();
-    there && (attached.by != By::Link || folder.pin(attached.hook.pin()).exists())
+    interface_name(interface).is_some()
+        && (attached.by != By::Link || folder.pin(attached.hook.pin()).exists())
 }
 
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {

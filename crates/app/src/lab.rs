@@ -121,6 +121,50 @@ impl Namespace {
         .with_context(|| format!("cannot give {name} the address {address}/{prefix}"))
     }
 
+    /// A socket that gives out and takes whole frames of an interface: those that come
+    /// in on it, and none that leave by it, not even its own.
+    ///
+    /// # Errors
+    /// Needs CAP_NET_RAW, and Linux 4.20.
+    pub fn frames(&self, name: &str) -> Result<socket2::Socket> {
+        let index = self.index(name)?;
+        let protocol = (libc::ETH_P_ALL as u16).to_be();
+        let socket = self.enter(|| {
+            socket2::Socket::new(
+                socket2::Domain::PACKET,
+                socket2::Type::RAW,
+                Some(socket2::Protocol::from(i32::from(protocol))),
+            )
+        });
+        let socket = socket.context("cannot make a packet socket (it takes CAP_NET_RAW)")?;
+        let enable: libc::c_int = 1;
+        // SAFETY: the option takes an int, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_IGNORE_OUTGOING,
+                (&raw const enable).cast(),
+                size_of_val(&enable) as libc::socklen_t,
+            )
+        };
+        nix::errno::Errno::result(result).context("cannot ignore outgoing frames")?;
+        // SAFETY: the storage is large enough for a sockaddr_ll, which is written in full
+        // as far as bind(2) reads it, and its length is given back.
+        let ((), address) = unsafe {
+            socket2::SockAddr::try_init(|storage, length| {
+                let address = storage.cast::<libc::sockaddr_ll>();
+                (*address).sll_family = libc::AF_PACKET as u16;
+                (*address).sll_protocol = protocol;
+                (*address).sll_ifindex = index as i32;
+                *length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+                Ok(())
+            })
+        }?;
+        socket.bind(&address).with_context(|| format!("cannot bind a packet socket to {name}"))?;
+        Ok(socket)
+    }
+
     /// The number of an interface.
     ///
     /// # Errors

@@ -41,8 +41,8 @@ impl Found {
     /// The interface's name: as it is now, else as it was.
     pub(super) fn interface(&self) -> String {
         let here = pins::namespace().is_ok_and(|namespace| namespace == self.attachment.namespace);
-        let now = here.then(|| nix::net::if_::if_indextoname(self.attachment.interface).ok()).flatten();
-        now.and_then(|name| name.into_string().ok()).unwrap_or_else(|| text(&self.attachment.name))
+        let now = here.then(|| hook::interface_name(self.attachment.interface)).flatten();
+        now.unwrap_or_else(|| text(&self.attachment.name))
     }
 
     /// Whether it belongs to the network namespace that this runs in.
@@ -69,7 +69,14 @@ pub(super) fn found() -> Result<Vec<Found>> {
     let mut found = vec![];
     for folder in Folder::all(FUNCTION)? {
         let path = folder.pin("ATTACHMENT");
-        let map = MapData::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        // Another process may be in the middle of attaching or detaching.
+        if !path.exists() {
+            continue;
+        }
+        let map = match MapData::from_pin(&path) {
+            Err(_) if !path.exists() => continue,
+            map => map.with_context(|| format!("cannot open {}", path.display()))?,
+        };
         let map: Array<_, Attachment> =
             Map::from_map_data(map).and_then(TryInto::try_into).context("ATTACHMENT is no array")?;
         let attachment = map.get(&0, 0).context("cannot read ATTACHMENT")?;
@@ -281,6 +288,11 @@ pub(crate) fn down() -> Result<Vec<String>> {
     for found in found()? {
         removed.push(format!("dnsguard {}: detached from {}", found.interface(), found.attached.hook.word()));
         remove(found)?;
+    }
+    // What a crash in the middle of attaching left.
+    for folder in Folder::all(FUNCTION)? {
+        removed.push(format!("dnsguard: removed what was left of {}", folder.key));
+        folder.remove()?;
     }
     Ok(removed)
 }

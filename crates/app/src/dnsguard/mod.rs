@@ -4,6 +4,9 @@
 //! samples is in pinned maps, which the next `attach` on the interface takes over.
 
 mod attach;
+mod check;
+pub mod forgery;
+mod memory;
 mod rules;
 mod show;
 
@@ -11,7 +14,10 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-pub use self::rules::{Guarded, Rules};
+pub use self::{
+    memory::HostMemory,
+    rules::{Guarded, Rules},
+};
 use crate::{error::Result, hook};
 
 /// Arguments of `underpass dnsguard`.
@@ -36,6 +42,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// The same verdicts on a capture, without privileges
+    Check(check::Args),
 }
 
 /// Arguments of `underpass dnsguard attach`.
@@ -75,7 +83,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Verb::Attach(args) => attach::attach(args),
         Verb::Detach { interface } => attach::detach(interface),
         Verb::Show { json } => show::show(*json),
+        Verb::Check(args) => check::check(&args.file, &args.rules.rules()?, args.json),
     }
+}
+
+/// Opens the object with these rules in it; its programs are not loaded yet.
+///
+/// # Errors
+/// [`crate::error::Error::Unable`] where the privileges do not suffice.
+pub fn open(rules: &Rules) -> Result<aya::Ebpf> {
+    attach::load(rules, None)
 }
 
 pub(crate) use self::attach::{down, status};

@@ -31,6 +31,8 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Shown {
     interface: String,
+    /// Network namespace and interface number, as the pins are named.
+    id: String,
     hook: &'static str,
     why: String,
     works: bool,
@@ -127,6 +129,7 @@ fn read(found: &Found) -> Result<Shown> {
     });
     Ok(Shown {
         interface: found.interface(),
+        id: found.folder.key.clone(),
         hook: found.attached.hook.word(),
         why: found.attached.why.clone(),
         works: found.is_alive()?,

@@ -1,5 +1,6 @@
 //! End to end, in private network namespaces, with the real binary. Needs root.
 
+mod dnsguard;
 mod kit;
 mod lab;
 mod mux;

@@ -22,8 +22,8 @@ proptest! {
         prop_assume!(before.is_ok());
         let before = before.unwrap();
         let mut packet = frame.clone();
-        rewrite::udp_source_port(&mut &mut packet[..], &before, source).unwrap();
-        rewrite::udp_destination_port(&mut &mut packet[..], &before, destination).unwrap();
+        rewrite::udp_source_port(&mut packet[..], &before, source).unwrap();
+        rewrite::udp_destination_port(&mut packet[..], &before, destination).unwrap();
         let after = Datagram::parse(&packet[..]).unwrap();
         prop_assert_eq!(after.udp.source_port, source);
         prop_assert_eq!(after.udp.destination_port, destination);
@@ -40,8 +40,8 @@ proptest! {
         prop_assume!(before.is_ok());
         let before = before.unwrap();
         let mut packet = frame.clone();
-        rewrite::tcp_source_port(&mut &mut packet[..], &ip, &before, source).unwrap();
-        rewrite::tcp_destination_port(&mut &mut packet[..], &ip, &before, destination).unwrap();
+        rewrite::tcp_source_port(&mut packet[..], &ip, &before, source).unwrap();
+        rewrite::tcp_destination_port(&mut packet[..], &ip, &before, destination).unwrap();
         let after = Tcp::parse(&packet[..], &ip).unwrap();
         prop_assert_eq!((after.source_port, after.destination_port), (source, destination));
         right(&frame, &packet, &ip, before.header + Tcp::CHECKSUM)?;
@@ -59,8 +59,8 @@ proptest! {
             Version::V4 => Address::v4(*bytes.first_chunk().unwrap()),
             Version::V6 => Address(bytes),
         };
-        rewrite::source_address(&mut &mut packet[..], &ip, address(source)).unwrap();
-        rewrite::destination_address(&mut &mut packet[..], &ip, address(destination)).unwrap();
+        rewrite::source_address(&mut packet[..], &ip, address(source)).unwrap();
+        rewrite::destination_address(&mut packet[..], &ip, address(destination)).unwrap();
         prop_assert_eq!(ip.source(&packet[..]).unwrap(), address(source));
         prop_assert_eq!(ip.destination(&packet[..]).unwrap(), address(destination));
         if ip.version == Version::V4 {
@@ -94,7 +94,7 @@ proptest! {
         let quote = Quote::parse(&packet[..], &ip);
         prop_assume!(quote.is_ok());
         let before = packet.clone();
-        rewrite::quoted_source_port(&mut &mut packet[..], &ip, &quote.unwrap(), port).unwrap();
+        rewrite::quoted_source_port(&mut packet[..], &ip, &quote.unwrap(), port).unwrap();
         prop_assert_eq!(Quote::parse(&packet[..], &ip).unwrap().source_port, port);
         right(&before, &packet, &ip, 36)?;
     }

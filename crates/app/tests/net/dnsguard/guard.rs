@@ -1,0 +1,176 @@
+//! With the guard the true answer arrives, without it the forged one; and the guard's
+//! own life: changed in place, beside others, and gone.
+
+use std::process::Command;
+
+use aya::programs::{Xdp, XdpMode};
+use underpass::{dnsguard::forgery::INJECTORS, object};
+
+use super::{FORGED, GOOGLE, Lab, TRUTH, UNDERPASS, site, text, unbound, wait_for};
+
+/// A lab with unbound as the resolver.
+fn lab() -> (Lab, tempfile::TempDir, Vec<super::Server>) {
+    let lab = Lab::new();
+    let folder = tempfile::tempdir().unwrap();
+    let servers = unbound(&lab.resolver, folder.path());
+    wait_for("unbound", || lab.dig(GOOGLE[0], &["www.example.org", "A"]) == TRUTH[0]);
+    (lab, folder, servers)
+}
+
+/// What glibc's stub resolver and curl make of the name, by a resolv.conf of their own.
+fn by_resolv_conf(lab: &Lab, folder: &std::path::Path, command: &str) -> String {
+    let conf = folder.join("resolv.conf");
+    std::fs::write(&conf, format!("nameserver {}\noptions timeout:2 attempts:2\n", GOOGLE[0])).unwrap();
+    let script = format!("mount --bind {} /etc/resolv.conf && exec {command}", conf.display());
+    lab.run(Command::new("unshare").args(["--mount", "sh", "-c", &script]))
+}
+
+#[test]
+fn every_known_forgery_wins_without_the_guard_and_loses_with_it() {
+    let (mut lab, folder, _servers) = lab();
+    site(&lab.client, TRUTH[0], "the true site");
+    site(&lab.client, FORGED[0], "the forged site");
+    for hook in ["xdp", "xdp-generic", "tc"] {
+        for injector in INJECTORS {
+            lab.wire.inject(&[injector]);
+            let name = injector.name;
+            // The hooks differ in the kernel only: one shows that the forgeries win.
+            if hook == "xdp" {
+                assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), FORGED[0], "{name}");
+                assert_eq!(lab.dig(GOOGLE[1], &["www.example.org", "AAAA"]), FORGED[1], "{name}");
+                let page =
+                    by_resolv_conf(&lab, folder.path(), "curl -s4 --max-time 10 http://www.example.org/");
+                assert_eq!(page, "the forged site", "{name}");
+                let stub = by_resolv_conf(&lab, folder.path(), "getent ahostsv4 www.example.org");
+                assert!(stub.contains(FORGED[0]), "{name}: {stub}");
+            }
+            lab.guard(&["--hook", hook]);
+            assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0], "{name} by {hook}");
+            assert_eq!(lab.dig(GOOGLE[1], &["www.example.org", "AAAA"]), TRUTH[1], "{name} by {hook}");
+            if hook == "xdp" {
+                let page =
+                    by_resolv_conf(&lab, folder.path(), "curl -s4 --max-time 10 http://www.example.org/");
+                assert_eq!(page, "the true site", "{name}");
+                let stub = by_resolv_conf(&lab, folder.path(), "getent ahostsv4 www.example.org");
+                assert!(stub.contains(TRUTH[0]) && !stub.contains(FORGED[0]), "{name}: {stub}");
+            }
+            let shown = lab.show();
+            assert_eq!(shown["hook"], hook);
+            assert!(shown["packets"]["dropped"].as_u64().unwrap() >= 2, "{shown}");
+            let samples = shown["samples"].as_array().unwrap();
+            let dropped = samples.iter().find(|sample| sample["verdict"] == "drop").unwrap();
+            assert_eq!(dropped["name"], "www.example.org.");
+            lab.unguard();
+        }
+    }
+}
+
+#[test]
+fn a_change_leaves_no_gap() {
+    let (mut lab, _folder, _servers) = lab();
+    lab.wire.inject(&INJECTORS[..1]);
+    lab.guard(&[]);
+    std::thread::scope(|scope| {
+        let lab = &lab;
+        let asking = scope.spawn(|| -> Vec<_> {
+            (0..60)
+                .map(|_| lab.dig(GOOGLE[0], &["www.example.org", "A"]))
+                .filter(|got| got != TRUTH[0])
+                .collect()
+        });
+        for round in 0..20 {
+            let rules = if round % 2 == 0 { ["--resolver", GOOGLE[0]] } else { ["--hook", "auto"] };
+            let output = lab.output(Command::new(UNDERPASS).args(["dnsguard", "attach", "eth0"]).args(rules));
+            assert!(output.status.success(), "{}", text(&output));
+        }
+        assert_eq!(asking.join().unwrap(), Vec::<String>::new(), "not the true answer");
+    });
+    // What was counted before counts still.
+    assert!(lab.show()["packets"]["dropped"].as_u64().unwrap() >= 60);
+    // To another hook it does not let anything through either.
+    for hook in ["tc", "xdp", "tc", "xdp-generic"] {
+        lab.guard(&["--hook", hook]);
+        assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0], "{hook}");
+    }
+}
+
+#[test]
+fn a_dry_run_drops_nothing_and_shows_what_it_would() {
+    let (mut lab, _folder, _servers) = lab();
+    lab.wire.inject(&INJECTORS[..1]);
+    lab.guard(&["--dry-run"]);
+    assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), FORGED[0]);
+    let shown = lab.show();
+    assert_eq!(shown["dry_run"], true);
+    let rule =
+        shown["rules"].as_array().unwrap().iter().find(|rule| rule["rule"] == "authoritative").unwrap();
+    assert_eq!(rule["hits"], 1, "{shown}");
+}
+
+#[test]
+fn dns_over_tcp_is_not_touched() {
+    let (mut lab, _folder, _servers) = lab();
+    lab.wire.inject(&INJECTORS[..1]);
+    lab.guard(&["--resolver", "any"]);
+    // The wire mends no TCP checksums, so TCP stays on the resolver's side here: what
+    // is shown is that the client's guard sees no DNS in it.
+    let before = lab.show()["packets"]["not_dns"].as_u64().unwrap();
+    let _ = lab.dig(GOOGLE[0], &["+tcp", "+time=1", "+tries=1", "www.example.org", "A"]);
+    let shown = lab.show();
+    assert_eq!(shown["packets"]["dropped"], 0, "{shown}");
+    assert!(shown["packets"]["not_dns"].as_u64().unwrap() >= before);
+}
+
+#[test]
+fn beside_another_xdp_program_it_takes_tc_and_names_it() {
+    let mut lab = Lab::new();
+    let mut other = aya::Ebpf::load(object::PACKET).unwrap();
+    let program: &mut Xdp = other.program_mut("packet_pass_xdp").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let index = lab.client.index("eth0").unwrap();
+    lab.client.enter(|| program.attach_to_if_index(index, XdpMode::Driver)).unwrap();
+    let said = lab.guard(&[]);
+    assert!(said.contains("tc") && said.contains("packet_pass_xdp"), "{said}");
+    let status = lab.run(Command::new(UNDERPASS).arg("status"));
+    assert!(status.contains("packet_pass_xdp"), "{status}");
+    lab.unguard();
+    let refused = lab.output(Command::new(UNDERPASS).args(["dnsguard", "attach", "eth0", "--hook", "xdp"]));
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(text(&refused).contains("packet_pass_xdp"), "{}", text(&refused));
+}
+
+#[test]
+fn detach_leaves_nothing_behind() {
+    let mut lab = Lab::new();
+    let key = super::pin_of(&lab.client);
+    for hook in ["xdp", "xdp-generic", "tc"] {
+        lab.guard(&["--hook", hook]);
+        assert!(underpass::pins::Folder::find("dnsguard", &key).is_some());
+        let links = lab.run(Command::new("ip").args(["-d", "link", "show", "eth0"]));
+        assert_eq!(links.contains("prog/xdp"), hook != "tc", "{links}");
+        lab.unguard();
+        assert!(underpass::pins::Folder::find("dnsguard", &key).is_none());
+        let links = lab.run(Command::new("ip").args(["-d", "link", "show", "eth0"]));
+        assert!(!links.contains("prog/xdp") && !links.contains("clsact"), "{links}");
+    }
+}
+
+#[test]
+fn a_guard_whose_interface_is_gone_is_said_to_be() {
+    let mut lab = Lab::new();
+    lab.guard(&[]);
+    let key = super::pin_of(&lab.client);
+    lab.run(Command::new("ip").args(["link", "del", "eth0"]));
+    let status = lab.run(Command::new(UNDERPASS).arg("status"));
+    assert!(status.contains("the interface is gone"), "{status}");
+    lab.unguard();
+    assert!(underpass::pins::Folder::find("dnsguard", &key).is_none());
+}
+
+#[test]
+fn a_down_interface_is_guarded_with_a_warning() {
+    let mut lab = Lab::new();
+    lab.run(Command::new("ip").args(["link", "set", "eth0", "down"]));
+    let said = lab.guard(&[]);
+    assert!(said.contains("warning: eth0 is down"), "{said}");
+}
