@@ -205,6 +205,10 @@ pub struct Control {
     pub helper: u32,
     /// When that process started, in clock ticks since the system did (field 22 of /proc/PID/stat).
     pub helper_started: u64,
+    /// Habits that the user accepts, bits `HABIT_*`.
+    pub accepted: u32,
+    /// Room up to a multiple of eight bytes.
+    pub zero: u32,
 }
 
 /// After a pass: sockets that could not enter the map yet, as they had bytes to read.
@@ -212,7 +216,7 @@ pub const LEFT_TO_ENTER: u32 = 0;
 /// After a pass: sockets that could not leave the map yet, as they have redirected bytes to read.
 pub const LEFT_TO_READ: u32 = 1;
 
-crate::pod!(Key = 48, Member = 56, Pair = 168, End = 56, Rhythm = 24, Group = 16, Totals = 152, Control = 16,);
+crate::pod!(Key = 48, Member = 56, Pair = 168, End = 56, Rhythm = 24, Group = 16, Totals = 152, Control = 24,);
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{demo, dnsguard, doctor, error::Result, mux, relay, status, watch};
+use crate::{demo, dnsguard, doctor, error::Result, mux, relay, shortcut, status, watch};
 
 /// Moves, filters and watches this host's traffic inside the kernel.
 #[derive(Debug, Parser)]
@@ -28,6 +28,8 @@ enum Command {
     /// One port, many services: what the payload says decides where it goes
     #[command(subcommand)]
     Mux(mux::Command),
+    /// Let chosen local processes talk socket to socket
+    Shortcut(shortcut::Args),
     /// What this kernel and these privileges allow, function by function, and why not
     Doctor(doctor::Args),
     /// Every function at work in private network namespaces, with numbers
@@ -49,6 +51,7 @@ impl Cli {
             Command::Watch(args) => watch::run(&args),
             Command::Dnsguard(args) => dnsguard::run(&args),
             Command::Mux(command) => mux::run(command),
+            Command::Shortcut(args) => shortcut::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Status(args) => status::status(&args),

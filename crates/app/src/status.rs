@@ -6,7 +6,7 @@ use std::io::Write as _;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::{dnsguard, error::Result};
+use crate::{dnsguard, error::Result, shortcut};
 
 /// Arguments of `underpass status`.
 #[derive(Debug, clap::Args)]
@@ -39,6 +39,7 @@ struct Report {
 pub(crate) fn status(args: &Args) -> Result<()> {
     let mut items = vec![];
     items.extend(dnsguard::status()?);
+    items.extend(shortcut::status()?);
     let mut out = std::io::stdout().lock();
     let printed = if args.json { print_json(&mut out, items) } else { print(&mut out, &items) };
     Ok(printed.context("cannot print the status")?)
@@ -48,6 +49,7 @@ pub(crate) fn status(args: &Args) -> Result<()> {
 pub(crate) fn down() -> Result<()> {
     let mut removed = vec![];
     removed.extend(dnsguard::down()?);
+    removed.extend(shortcut::down()?);
     let mut out = std::io::stdout().lock();
     for line in &removed {
         writeln!(out, "{line}").context("cannot print what was removed")?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     error::{Error, Result},
-    relay, watch,
+    relay, shortcut, watch,
 };
 
 /// Arguments of `underpass doctor`.
@@ -53,7 +53,7 @@ pub struct Check {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let functions = vec![relay::doctor(), watch::doctor()];
+    let functions = vec![relay::doctor(), shortcut::doctor(), watch::doctor()];
     let report = Report { kernel: kernel()?, host: host::checks(), functions };
     let mut out = std::io::stdout().lock();
     if args.json {

@@ -54,15 +54,22 @@ pub fn baseline(socket: &impl AsFd) -> io::Result<Option<Position>> {
 /// # Errors
 /// Where the socket is closed.
 pub fn kick(socket: &impl AsFd) -> io::Result<()> {
-    let at_least: libc::c_int = 1;
+    set_low_water(socket, 1)
+}
+
+/// Sets how many bytes must wait for a socket to be readable (SO_RCVLOWAT).
+///
+/// # Errors
+/// Where the socket is closed.
+pub fn set_low_water(socket: &impl AsFd, bytes: libc::c_int) -> io::Result<()> {
     // SAFETY: the kernel reads one int.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_RCVLOWAT,
-            (&raw const at_least).cast(),
-            size_of_val(&at_least) as libc::socklen_t,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes) as libc::socklen_t,
         )
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -97,8 +104,11 @@ fn bytes_acked_and_received(socket: &impl AsFd) -> io::Result<(u64, u64)> {
     Ok((info[ACKED], info[RECEIVED]))
 }
 
-/// Bytes that were received and not read.
-fn unread(socket: &impl AsFd) -> io::Result<u64> {
+/// Bytes that were received and not read (FIONREAD).
+///
+/// # Errors
+/// Where the socket is closed.
+pub fn unread(socket: &impl AsFd) -> io::Result<u64> {
     ioctl_int(socket, libc::FIONREAD)
 }
 

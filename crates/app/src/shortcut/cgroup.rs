@@ -21,11 +21,22 @@ pub fn root() -> Result<PathBuf> {
         .context("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup")
 }
 
+/// The control group of this process.
+///
+/// # Errors
+/// Where cgroup2 is not mounted.
+pub fn own() -> Result<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup v2 line")?;
+    Ok(root()?.join(path))
+}
+
 /// A control group that is removed when this is dropped, with the processes in it
-/// moved back to the root.
+/// moved to where its maker came from.
 #[derive(Debug)]
 pub struct Temporary {
     path: PathBuf,
+    back: PathBuf,
 }
 
 impl Temporary {
@@ -34,12 +45,13 @@ impl Temporary {
     /// # Errors
     /// Where cgroup2 is not mounted or may not be written.
     pub fn new(name: &str) -> Result<Self> {
+        let back = own()?;
         let unique = format!("underpass-{name}-{}", std::process::id());
         let root = root()?;
         for number in 0.. {
             let path = root.join(format!("{unique}-{number}"));
             match fs::create_dir(&path) {
-                Ok(()) => return Ok(Self { path }),
+                Ok(()) => return Ok(Self { path, back }),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(e).with_context(|| format!("cannot make {}", path.display())),
             }
@@ -72,11 +84,9 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         let procs = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
-        if let Ok(root) = root() {
-            for pid in procs.lines() {
-                // It may have ended.
-                let _ = fs::write(root.join("cgroup.procs"), pid);
-            }
+        for pid in procs.lines() {
+            // It may have ended.
+            let _ = fs::write(self.back.join("cgroup.procs"), pid);
         }
         // Ended processes stay until they are waited for; the kernel then says EBUSY.
         for _ in 0..100 {

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::Write as _,
     os::fd::AsFd as _,
     path::Path,
     sync::{Arc, Mutex},
@@ -12,14 +13,59 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::eventfd::EventFd;
 
+use crate::error;
+
+mod attach;
 pub mod cgroup;
+mod doctor;
 mod helper;
 mod iterate;
 mod plane;
+pub mod probe;
+mod show;
 pub mod summary;
 
+pub(crate) use doctor::doctor;
 use plane::{Programs, Tables};
+pub(crate) use show::{down, status};
 use summary::Summary;
+
+/// Arguments of `underpass shortcut`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Accelerate request/response connections of chosen local processes from now on
+    Attach(attach::AttachArgs),
+    /// Leave new connections to TCP, and take the running ones back to it
+    Detach,
+    /// Connections accelerated and left alone, bytes by way, by control group and port
+    Show(show::ShowArgs),
+    /// What `attach` leaves running
+    #[command(hide = true)]
+    Serve,
+}
+
+pub(crate) fn run(args: &Args) -> error::Result<()> {
+    let mut out = std::io::stdout();
+    match &args.command {
+        Command::Attach(args) => {
+            for line in attach::attach(args)? {
+                writeln!(out, "{line}").context("cannot print what was attached")?;
+            }
+        }
+        Command::Detach => {
+            writeln!(out, "{}", attach::detach()?).context("cannot print that it was detached")?;
+        }
+        Command::Show(args) => show::show(args)?,
+        Command::Serve => attach::serve()?,
+    }
+    Ok(())
+}
 
 /// What is to be accelerated.
 #[derive(Debug, Default)]
@@ -56,6 +102,11 @@ impl Shortcut {
             move || helper::serve(&tables, stop.as_fd())
         });
         Ok(Self { tables, stop, helper: Some(helper), _programs: programs })
+    }
+
+    /// Whether a connection to this server's port goes from socket to socket now.
+    pub fn is_accelerated(&self, port: u16) -> bool {
+        helper::lock(&self.tables).pairs().any(|(_, pair)| pair.port == port && plane::is_inside(&pair))
     }
 
     /// What it did so far.

@@ -6,7 +6,7 @@ use std::{fs::File, os::fd::AsFd as _};
 use anyhow::{Context as _, Result};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, RingBuf, SockHash},
+    maps::{Array, HashMap, Map, MapData, RingBuf, SockHash, sock::SockMapFd},
     programs::{BtfTracePoint, CgroupAttachMode, Iter, Program, SkMsg, SockOps},
 };
 use underpass_abi::shortcut::{Control, GATE_OUT, Group, Key, LEFT_TO_ENTER, LEFT_TO_READ, Pair, Totals};
@@ -74,8 +74,7 @@ impl Programs {
     /// Attaches the programs: from now on, connections that are established in the
     /// control group are noted. Those that exist are left alone.
     pub(super) fn attach(&mut self, cgroup: &File) -> Result<()> {
-        let sockets: SockHash<_, Key> = self.ebpf.map("SOCKETS").context("no map SOCKETS")?.try_into()?;
-        let sockets = sockets.fd().try_clone()?;
+        let sockets = self.sockets()?;
         self.get::<SkMsg>("shortcut_send")?.attach(&sockets).context("cannot attach shortcut_send")?;
         self.get::<BtfTracePoint>("shortcut_read")?.attach().context("cannot attach shortcut_read")?;
         // The name of the mode misleads: a link always stands beside those of others.
@@ -85,14 +84,24 @@ impl Programs {
         Ok(())
     }
 
-    /// Hands out the maps. Only once.
-    pub(super) fn tables(&mut self) -> Result<Tables> {
+    /// The map of accelerated sockets.
+    pub(super) fn sockets(&self) -> Result<SockMapFd> {
+        let sockets: SockHash<_, Key> = self.ebpf.map("SOCKETS").context("no map SOCKETS")?.try_into()?;
+        Ok(sockets.fd().try_clone()?)
+    }
+
+    /// The iterator, linked with the map of noted sockets.
+    pub(super) fn iterator(&mut self) -> Result<Iterator> {
         let program = self.get::<Iter>("shortcut_enter")?.fd()?.try_clone()?;
         let Some(Map::SkStorage(members)) = self.ebpf.map("MEMBERS") else {
             anyhow::bail!("no map MEMBERS");
         };
-        let iterator = Iterator::link(program.as_fd(), members.fd().as_fd())
-            .context("cannot link the iterator over sockets")?;
+        Iterator::link(program.as_fd(), members.fd().as_fd()).context("cannot link the iterator over sockets")
+    }
+
+    /// Hands out the maps. Only once.
+    pub(super) fn tables(&mut self) -> Result<Tables> {
+        let iterator = self.iterator()?;
         Tables::new(iterator, |name| self.ebpf.take_map(name).with_context(|| format!("no map {name}")))
     }
 

@@ -107,7 +107,7 @@ impl Figures {
 }
 
 /// Where control groups are, by their numbers, which are their folders' inodes.
-fn cgroup_paths(wanted: impl Iterator<Item = u64>) -> BTreeMap<u64, PathBuf> {
+pub(super) fn cgroup_paths(wanted: impl Iterator<Item = u64>) -> BTreeMap<u64, PathBuf> {
     let wanted: std::collections::BTreeSet<u64> = wanted.collect();
     let mut found = BTreeMap::new();
     let mut folders = super::cgroup::root().into_iter().collect::<Vec<_>>();
