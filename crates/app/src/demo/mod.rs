@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     error::{Error, Result},
-    relay,
+    relay, watch,
 };
 
 /// Arguments of `underpass demo`.
@@ -27,6 +27,8 @@ pub struct Args {
 enum Name {
     /// Bytes moved on each path, through a SOCKS5 proxy
     Relay,
+    /// Processes that talk, each named with its bytes
+    Watch,
 }
 
 /// What a scene showed.
@@ -102,6 +104,7 @@ fn play(name: Name, quiet: bool) -> Result<Scene> {
     let progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
     match name {
         Name::Relay => relay::scene(&progress("relay")),
+        Name::Watch => watch::scene(&progress("watch")),
     }
     .map_err(|error| Error::Failed(error.context(format!("the scene {name:?} broke off"))))
 }

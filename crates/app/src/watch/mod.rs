@@ -4,17 +4,19 @@
 //! [`programs`] attaches them and reads what they hand out, [`event`] decodes it,
 //! [`state`] knows what follows from it, [`output`] tells it.
 
+mod demo;
 pub mod event;
 mod names;
 pub mod output;
 mod place;
 mod programs;
+mod screen;
 pub mod state;
 
 use std::{
     collections::HashSet,
     fs::{self, File},
-    io::{self, BufWriter, Write},
+    io::{self, BufWriter, IsTerminal as _, Write},
     net::IpAddr,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     time::Duration,
@@ -23,6 +25,7 @@ use std::{
 use anyhow::Context as _;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sched::{CloneFlags, setns};
+use ratatui::crossterm::event::{Event as Input, KeyEventKind};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::SignalKind,
@@ -33,6 +36,7 @@ use self::{
     event::{Event, Program},
     output::Clock,
     programs::Programs,
+    screen::{Answer, Screen},
     state::State,
 };
 use crate::{
@@ -115,6 +119,8 @@ impl Args {
     }
 }
 
+pub(crate) use demo::scene;
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     let filter = args.filter()?;
     if args.interval < Duration::from_millis(10) {
@@ -159,6 +165,7 @@ pub(crate) fn doctor() -> doctor::Function {
 
 /// The one task: drains the ring, asks for totals, tells.
 struct Watch<'a> {
+    terminal: Option<Terminal>,
     programs: Programs,
     state: State,
     args: &'a Args,
@@ -172,7 +179,8 @@ const DRAIN: Duration = Duration::from_millis(200);
 impl<'a> Watch<'a> {
     fn begin(programs: Programs, args: &'a Args) -> Result<Self> {
         let lost = programs.lost()?;
-        let mut watch = Self { programs, state: State::default(), args, clock: Clock::now(), lost };
+        let mut watch =
+            Self { terminal: None, programs, state: State::default(), args, clock: Clock::now(), lost };
         for missing in &watch.programs.missing {
             tell(format_args!("missing: {missing}"));
         }
@@ -223,7 +231,11 @@ impl<'a> Watch<'a> {
         for timer in [&mut drain, &mut interval] {
             timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
-        tell(format_args!("watching"));
+        if !self.args.json && io::stdout().is_terminal() && io::stdin().is_terminal() {
+            self.terminal = Some(Terminal::open(self.programs.missing.clone()));
+        } else {
+            tell(format_args!("watching"));
+        }
         loop {
             let goes_on = tokio::select! {
                 guard = ring.readable() => {
@@ -232,14 +244,19 @@ impl<'a> Watch<'a> {
                 }
                 _ = drain.tick() => self.drain()?,
                 _ = interval.tick() => self.look()?,
+                input = next(&mut self.terminal) => self.input(input)?,
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
             };
             if !goes_on {
-                return Ok(());
+                break;
             }
         }
-        self.look()?;
+        // The terminal is given back before anything else is written.
+        self.terminal = None;
+        if !self.look()? {
+            return Ok(());
+        }
         let (totals, lost) = (self.state.totals(), self.state.lost());
         tell(format_args!(
             "{} connections seen, {} of them ended; lost: {}",
@@ -283,11 +300,38 @@ impl<'a> Watch<'a> {
             self.programs.forget(&flow);
         }
         self.state.tick(now);
+        self.draw()?;
         self.print()
+    }
+
+    /// Takes what came from the keyboard. `false` to end.
+    fn input(&mut self, input: Option<Input>) -> anyhow::Result<bool> {
+        let Some(terminal) = &mut self.terminal else { return Ok(true) };
+        let leaves = match input {
+            None => true,
+            Some(Input::Key(key)) if key.kind == KeyEventKind::Press => {
+                terminal.screen.press(key) == Answer::Leave
+            }
+            Some(_) => false,
+        };
+        if !leaves {
+            self.draw()?;
+        }
+        Ok(!leaves)
+    }
+
+    fn draw(&mut self) -> anyhow::Result<()> {
+        if let Some(Terminal { terminal, screen, .. }) = &mut self.terminal {
+            terminal.draw(|frame| screen.draw(frame, &self.state)).context("cannot draw")?;
+        }
+        Ok(())
     }
 
     fn print(&mut self) -> anyhow::Result<bool> {
         let lines = self.state.take_lines();
+        if self.terminal.is_some() {
+            return Ok(true);
+        }
         if lines.is_empty() {
             return Ok(true);
         }
@@ -303,6 +347,42 @@ impl<'a> Watch<'a> {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
             written => written.map(|()| true).context("cannot write"),
         }
+    }
+}
+
+/// The terminal in full-screen mode, until it is dropped.
+struct Terminal {
+    terminal: ratatui::DefaultTerminal,
+    screen: Screen,
+    input: tokio::sync::mpsc::Receiver<Input>,
+}
+
+impl Terminal {
+    fn open(notes: Vec<String>) -> Self {
+        let (sender, input) = tokio::sync::mpsc::channel(16);
+        // Reading blocks; the thread ends with the process, or with the receiver.
+        std::thread::spawn(move || {
+            while let Ok(event) = ratatui::crossterm::event::read() {
+                if sender.blocking_send(event).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { terminal: ratatui::init(), screen: Screen::new(notes), input }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+/// The next input, never where there is no full screen.
+async fn next(terminal: &mut Option<Terminal>) -> Option<Input> {
+    match terminal {
+        Some(terminal) => terminal.input.recv().await,
+        None => std::future::pending().await,
     }
 }
 

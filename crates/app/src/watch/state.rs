@@ -248,7 +248,8 @@ impl State {
             view,
             rate: (0.0, 0.0),
             history: VecDeque::new(),
-            last: (0, 0),
+            // What went before the watch is no rate.
+            last: if report.started == 0 { (report.rx_bytes, report.tx_bytes) } else { (0, 0) },
             announced: false,
             mark: true,
         };
@@ -374,4 +375,170 @@ impl State {
 
 fn opening(report: &Connection) -> What {
     if report.direction == direction::INBOUND { What::Accept } else { What::Connect }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+    use underpass_abi::watch::{Owner, event};
+
+    use super::*;
+
+    pub const SECOND: u64 = 1_000_000_000;
+
+    /// A connection to 192.0.2.7:443 as the kernel side reports it.
+    pub fn report(cookie: u64, pid: u32, comm: &[u8], rx_bytes: u64, tx_bytes: u64) -> Connection {
+        let mut owner =
+            Owner { cgroup: 1, tgid: pid, uid: 0, comm: [0; 16], quality: quality::SEEN, kernel: 0 };
+        owner.comm[..comm.len()].copy_from_slice(comm);
+        Connection {
+            kind: event::LIVE,
+            netns: 1,
+            cookie,
+            started: 1,
+            at: 2 + rx_bytes + tx_bytes,
+            rx_bytes,
+            tx_bytes,
+            local: std::net::Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets(),
+            remote: std::net::Ipv4Addr::new(192, 0, 2, 7).to_ipv6_mapped().octets(),
+            local_port: 40000 + cookie as u16,
+            remote_port: 443,
+            protocol: 6,
+            direction: direction::OUTBOUND,
+            flags: 0,
+            rtt_us: 12_345,
+            retransmits: 1,
+            owner,
+        }
+    }
+
+    fn told(state: &mut State) -> Vec<(What, u64, u64)> {
+        let lines = state.take_lines().into_iter().filter_map(|line| match line {
+            Line::Connection { what, connection } => {
+                Some((what, connection.report.cookie, connection.report.tx_bytes))
+            }
+            Line::Lost(_) => None,
+        });
+        lines.collect()
+    }
+
+    #[test]
+    fn a_life_is_told_in_order() {
+        let mut state = State::default();
+        state.apply(Event::Alive(report(1, 5, b"a", 0, 0)), 1);
+        state.apply(Event::Alive(report(1, 5, b"a", 10, 20)), 2);
+        state.apply(Event::Ended(report(1, 5, b"a", 10, 30)), 3);
+        assert_eq!(told(&mut state), [(What::Connect, 1, 0), (What::Traffic, 1, 20), (What::Close, 1, 30)]);
+        assert_eq!(state.open().count(), 0);
+        let totals = Totals { connections: 1, ended: 1, rx_bytes: 10, tx_bytes: 30 };
+        assert_eq!(state.totals(), totals);
+    }
+
+    #[test]
+    fn an_end_alone_tells_the_beginning_too() {
+        let mut state = State::default();
+        state.apply(Event::Ended(report(1, 5, b"a", 10, 30)), 3);
+        assert_eq!(told(&mut state), [(What::Connect, 1, 30), (What::Close, 1, 30)]);
+    }
+
+    #[test]
+    fn late_and_double_reports_change_nothing() {
+        let mut state = State::default();
+        state.apply(Event::Alive(report(1, 5, b"a", 10, 20)), 1);
+        state.apply(Event::Alive(report(1, 5, b"a", 5, 5)), 2);
+        state.apply(Event::Ended(report(1, 5, b"a", 10, 30)), 3);
+        told(&mut state);
+        state.apply(Event::Ended(report(1, 5, b"a", 10, 30)), 4);
+        state.apply(Event::Alive(report(1, 5, b"a", 10, 25)), 5);
+        assert_eq!(told(&mut state), []);
+        assert_eq!((state.totals().connections, state.totals().ended, state.open().count()), (1, 1, 0));
+    }
+
+    #[test]
+    fn an_accepted_connection_waits_for_its_first_user() {
+        let mut state = State::default();
+        let mut early = report(1, 5, b"parent", 0, 0);
+        (early.direction, early.owner.quality) = (direction::INBOUND, quality::LISTENER);
+        state.apply(Event::Alive(early), 1);
+        assert_eq!(told(&mut state), []);
+        let worker = Connection { direction: direction::INBOUND, ..report(1, 6, b"worker", 1, 1) };
+        state.apply(Event::Alive(worker), 2);
+        let lines = state.take_lines();
+        assert!(
+            matches!(&lines[0], Line::Connection { what: What::Accept, connection } if connection.report.owner.tgid == 6)
+        );
+        // One that nobody uses is announced in the end, too.
+        state.apply(Event::Alive(Connection { cookie: 2, ..early }), 3);
+        state.tick(10 * SECOND);
+        assert_eq!(told(&mut state), [(What::Accept, 2, 0)]);
+    }
+
+    #[test]
+    fn flows_end_by_release_and_by_idleness() {
+        let mut state = State::default();
+        let flow = |cookie, at| Connection { protocol: 17, at, ..report(cookie, 5, b"u", 1, 1) };
+        state.apply(Event::Alive(flow(1, 5)), 5);
+        state.apply(Event::Alive(flow(2, 5)), 5);
+        state.apply(Event::Released { cookie: 1 }, 6);
+        state.apply(Event::FlowsRead, 6);
+        assert_eq!(state.take_forgotten().iter().map(|key| key.cookie).collect::<Vec<_>>(), [1]);
+        state.apply(Event::FlowsRead, 61 * SECOND);
+        assert_eq!(state.take_forgotten().iter().map(|key| key.cookie).collect::<Vec<_>>(), [2]);
+        assert_eq!(state.totals().ended, 2);
+    }
+
+    #[test]
+    fn what_ended_unseen_is_swept_away() {
+        let mut state = State::default();
+        for cookie in [1, 2] {
+            state.apply(Event::Alive(report(cookie, 5, b"a", 1, 1)), 1);
+        }
+        state.apply(Event::Swept, 2);
+        state.apply(Event::Alive(report(2, 5, b"a", 1, 1)), 3);
+        state.apply(Event::Swept, 3);
+        assert_eq!(state.open().map(|(key, _)| key.cookie).collect::<Vec<_>>(), [2]);
+    }
+
+    #[test]
+    fn losses_are_told_once() {
+        let mut state = State::default();
+        for _ in 0..2 {
+            state.apply(Event::Lost { events: 3, flows: 0, sockets: 1 }, 1);
+        }
+        state.undecoded();
+        let lines = state.take_lines();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(state.lost(), Lost { events: 3, sockets: 1, undecoded: 1, ..Lost::default() });
+    }
+
+    proptest! {
+        /// Whatever order, repetition or gaps: every connection is told to begin once
+        /// and to end at most once, and the totals are those of the ends.
+        #[test]
+        fn any_stream_keeps_the_books(stream in prop::collection::vec((1u64..6, 0u64..50, any::<bool>()), 0..200)) {
+            let mut state = State::default();
+            for (now, (cookie, count, ends)) in stream.iter().enumerate() {
+                let report = report(*cookie, 1, b"x", *count, *count);
+                state.apply(if *ends { Event::Ended(report) } else { Event::Alive(report) }, now as u64);
+            }
+            let told = told(&mut state);
+            for cookie in 1..6 {
+                let of = |wanted: What| told.iter().filter(|(what, id, _)| *id == cookie && *what == wanted).count();
+                let mentioned = stream.iter().any(|(id, ..)| *id == cookie);
+                prop_assert_eq!(of(What::Connect), usize::from(mentioned));
+                prop_assert_eq!(of(What::Close), usize::from(stream.iter().any(|(id, _, ends)| *id == cookie && *ends)));
+            }
+            let sent: u64 = told.iter().filter(|(what, ..)| *what == What::Close).map(|(_, _, sent)| sent).sum();
+            prop_assert_eq!(state.totals().tx_bytes, sent);
+            prop_assert_eq!(state.totals().connections, state.totals().ended + state.open().count() as u64);
+        }
+
+        /// Records that are cut short or rubbish are refused, never misread.
+        #[test]
+        fn any_bytes_decode_or_do_not(bytes in prop::collection::vec(any::<u8>(), 0..5000)) {
+            if let Some(event) = Event::decode(&bytes) {
+                State::default().apply(event, 1);
+            }
+        }
+    }
 }
