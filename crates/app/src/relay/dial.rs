@@ -13,7 +13,10 @@ use fast_socks5::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::settings::{Proxy, Target};
+use super::{
+    settings::{Proxy, Target},
+    tcp,
+};
 use crate::address::HostPort;
 
 /// Why a target was not reached.
@@ -37,6 +40,7 @@ pub fn start(address: SocketAddr) -> io::Result<TcpStream> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
+    tcp::limit_receive_queue(&socket);
     match socket.connect(&address.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
         _ => Ok(socket.into()),
@@ -79,15 +83,18 @@ pub async fn resolve(host: &HostPort) -> Result<Vec<SocketAddr>, DialError> {
 pub async fn connect(to: &HostPort) -> Result<tokio::net::TcpStream, DialError> {
     let mut last = io::ErrorKind::NotFound.into();
     for address in resolve(to).await? {
-        match tokio::net::TcpStream::connect(address).await {
-            Ok(stream) => {
-                stream.set_nodelay(true).map_err(|e| DialError::Connect(to.to_string(), e))?;
-                return Ok(stream);
-            }
+        match connect_to(address).await {
+            Ok(stream) => return Ok(stream),
             Err(error) => last = error,
         }
     }
     Err(DialError::Connect(to.to_string(), last))
+}
+
+async fn connect_to(address: SocketAddr) -> io::Result<tokio::net::TcpStream> {
+    let stream = tokio::net::TcpStream::from_std(start(address)?)?;
+    stream.writable().await?;
+    stream.take_error()?.map_or(Ok(stream), Err)
 }
 
 async fn through(proxy: &Proxy, to: &HostPort) -> Result<tokio::net::TcpStream, DialError> {

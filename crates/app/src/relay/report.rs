@@ -68,7 +68,7 @@ pub fn log(client: SocketAddr, target: &str, report: &Report, took: Duration) {
 
 /// Logs a connection that got no target.
 pub fn log_unreached(client: SocketAddr, target: &str, error: &dyn fmt::Display, took: Duration) {
-    warn!(%client, target, duration = ?took, end = %error, "connection");
+    warn!(%client, target, duration = ?took, end = error.to_string(), "connection");
 }
 
 /// The path's word on the command line.

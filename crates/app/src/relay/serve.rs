@@ -328,13 +328,12 @@ async fn has_left(waiting: Option<&Waiting>) {
         let Ok(mut guard) = client.readable().await else { return };
         match guard.try_io(|client| client.get_ref().peek(&mut [0])) {
             Ok(Ok(0) | Err(_)) => return,
-            // It has sent something, which stays readable: only a reset is news now.
-            Ok(Ok(_)) => {
-                guard.clear_ready();
-            }
+            Ok(Ok(_)) => break,
             Err(_would_block) => {}
         }
     }
+    // What it has sent stays readable, and so does its end: only a reset is news now.
+    let _ = client.ready(Interest::ERROR).await;
 }
 
 /// Opens the port; without a host on all addresses of both families.
@@ -370,6 +369,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(false)?;
     }
     socket.set_reuse_address(true)?;
+    tcp::limit_receive_queue(&socket);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())

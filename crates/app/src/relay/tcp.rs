@@ -6,7 +6,12 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::SockRef;
+
+/// What a receive queue holds at most, in bytes of memory. With a pipe and a send
+/// queue (`net.ipv4.tcp_wmem`, 4 MiB) that is less than 16 MiB for each direction.
+const MOST_QUEUED: usize = 8 << 20;
 
 /// How far a socket has come: bytes, counted by the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +78,22 @@ pub fn set_low_water(socket: &impl AsFd, bytes: libc::c_int) -> io::Result<()> {
         )
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Limits what the kernel queues for this socket while nobody reads it; for one that
+/// is not connected and does not listen yet, as the window that is offered is derived
+/// from it. Where the system's own limit (`net.ipv4.tcp_rmem`) is no higher nothing is
+/// changed: it grows by need, which is better than any fixed size.
+///
+/// Going above `net.core.rmem_max` takes CAP_NET_ADMIN; without it the system's
+/// limit stays the only one.
+pub fn limit_receive_queue(socket: &impl AsFd) {
+    let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
+    let most = limits.split_whitespace().last().and_then(|most| most.parse::<usize>().ok());
+    if most.is_none_or(|most| most > MOST_QUEUED) {
+        // The kernel doubles what is asked for (socket(7)).
+        let _ = setsockopt(socket, sockopt::RcvBufForce, &(MOST_QUEUED / 2));
+    }
 }
 
 /// From now on closing the socket resets the connection instead of finishing it.

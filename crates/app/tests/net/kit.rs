@@ -331,11 +331,16 @@ impl Stream {
         })
     }
 
+    /// The next bytes, `most` or fewer, which stay the next.
+    pub fn peek(&self, most: usize) -> &'static [u8] {
+        let ring = Self::ring();
+        &ring[self.at..ring.len().min(self.at + most)]
+    }
+
     /// The next bytes, `most` or fewer.
     pub fn next(&mut self, most: usize) -> &'static [u8] {
-        let ring = Self::ring();
-        let bytes = &ring[self.at..ring.len().min(self.at + most)];
-        self.at = (self.at + bytes.len()) % ring.len();
+        let bytes = self.peek(most);
+        self.at = (self.at + bytes.len()) % Self::ring().len();
         self.count += bytes.len() as u64;
         bytes
     }

@@ -1,18 +1,25 @@
 //! What a relay spends, and how it ends: itself and the connections on it.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
-    net::SocketAddr,
+    env, fs,
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::Command,
     time::Duration,
 };
 
 use nix::sys::signal::Signal;
 
-use super::{Path, World, line_of, on_every_path, on_every_path_waiting, to};
-use crate::kit::{Family, Hosts, Stream, connect, exchange, expect_end, expect_reset, many_descriptors};
+use super::{Path, World, line_of, on_every_path, on_every_path_waiting, ready, to};
+use crate::kit::{
+    Daemon, Family, Hosts, Stream, accept, connect, eventually, exchange, expect_end, expect_reset,
+    many_descriptors, underpass,
+};
 
 on_every_path!(thousands_idle);
-on_every_path_waiting!(stop_with_grace, idle_timeout, connect_timeout);
+on_every_path_waiting!(stop_with_grace, idle_timeout, connect_timeout, killed, out_of_descriptors);
 
 /// Connections that do nothing cost the relay little memory of its own.
 fn thousands_idle(path: Path, family: Family) {
@@ -30,7 +37,6 @@ fn thousands_idle(path: Path, family: Family) {
     let before = world.relay.memory();
     let all: Vec<_> = (0..many).map(|_| open()).collect();
     let each = world.relay.memory().saturating_sub(before) / many;
-    println!("{path:?}: {each} bytes for an idle connection");
     let most = match path {
         Path::Kernel | Path::Splice => 4 << 10,
         // Not promised, but nothing speaks for more.
@@ -114,4 +120,181 @@ fn refused(hosts: &Hosts, path: Path, family: Family) {
         Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
     }
     relay.line("cannot connect: Connection refused");
+}
+
+/// A relay that is killed leaves nothing behind in the kernel.
+fn killed(path: Path, family: Family) {
+    let mut world = World::new(path, family);
+    let (client, server) = world.connect();
+    let (mut there, mut back) = (Stream::new(1), Stream::new(2));
+    for _ in 0..40 {
+        exchange(&client, &server, &mut there, &mut back, 64);
+    }
+    let [programs, maps] = ["prog_id", "map_id"].map(|name| bpf_ids(world.relay.pid(), name));
+    let has_kernel_path = matches!(path, Path::Kernel | Path::Auto);
+    assert_eq!(!programs.is_empty() && !maps.is_empty(), has_kernel_path, "{programs:?} {maps:?}");
+    world.relay.signal(Signal::SIGKILL);
+    world.relay.wait();
+    for mut end in [client, server] {
+        // A FIN or a reset, as the kernel likes.
+        assert!(matches!(end.read(&mut [0]), Ok(0) | Err(_)));
+    }
+    eventually("its programs are gone", || {
+        aya::programs::loaded_programs().all(|program| !programs.contains(&program.unwrap().id()))
+    });
+    eventually("its maps are gone", || {
+        aya::maps::loaded_maps().all(|map| !maps.contains(&map.unwrap().id()))
+    });
+}
+
+/// The BPF objects that a process has open: `prog_id` or `map_id` in its descriptors.
+fn bpf_ids(pid: u32, name: &str) -> Vec<u32> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let texts = descriptors.filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok());
+    let ids = texts.filter_map(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        line.trim().parse().ok()
+    });
+    ids.collect()
+}
+
+/// With few descriptors the clients that come too late are told so at once, those that
+/// are there are served on, and when they leave others are served again.
+fn out_of_descriptors(path: Path, family: Family) {
+    let hosts = Hosts::new();
+    let target = hosts.listen(family);
+    let listen = SocketAddr::new(Hosts::relay_address(family), 0).to_string();
+    let mut command = Command::new("setpriv");
+    // Without CAP_SYS_RESOURCE the relay cannot raise the hard limit again.
+    command.args(["--bounding-set=-sys_resource", "prlimit", "--nofile=340:340"]);
+    command.arg(underpass().get_program()).args([
+        "relay",
+        "--path",
+        path.word(),
+        "--listen",
+        &listen,
+        "--to",
+    ]);
+    command.arg(target.local_addr().unwrap().to_string()).arg("--log-connections");
+    let relay = Daemon::start(&hosts.relay, &mut command);
+    let listen = ready(&relay);
+    for _ in 0..2 {
+        let mut served = vec![];
+        let refused = (0..150).filter(|_| {
+            let Ok(client) = connect(&hosts.client, listen) else { return true };
+            // It may be reset before this.
+            let _ = (&client).write(b"x");
+            target.set_nonblocking(true).unwrap();
+            let mut server = None;
+            eventually("a client is served or refused", || {
+                server = target.accept().ok().map(|(server, _)| server);
+                server.is_some() || matches!((&client).peek_now(), Some(Ok(0) | Err(_)))
+            });
+            let was_refused = server.is_none();
+            served.extend(server.map(|server| (client, server)));
+            was_refused
+        });
+        let refused = refused.count();
+        assert!(refused > 50 && served.len() > 20, "{refused} refused");
+        let line = relay.line("a client is refused: ");
+        assert!(line.contains("descriptors") || line.contains("Too many open files"), "{line}");
+        let (mut there, mut back) = (Stream::new(1), Stream::new(2));
+        let addresses: Vec<_> = served.iter().map(|(client, _)| client.local_addr().unwrap()).collect();
+        for (client, server) in &served {
+            server.set_nonblocking(false).unwrap();
+            (&*server).read_exact(&mut [0]).unwrap();
+            exchange(client, server, &mut there, &mut back, 1000);
+        }
+        drop(served);
+        for address in addresses {
+            assert_eq!(line_of(&relay, address)["end"], "closed");
+        }
+    }
+}
+
+/// Looks at what has come without waiting for it.
+trait PeekNow {
+    fn peek_now(self) -> Option<io::Result<usize>>;
+}
+
+impl PeekNow for &TcpStream {
+    fn peek_now(self) -> Option<io::Result<usize>> {
+        self.set_nonblocking(true).unwrap();
+        let seen = self.peek(&mut [0]);
+        self.set_nonblocking(false).unwrap();
+        if matches!(&seen, Err(error) if error.kind() == ErrorKind::WouldBlock) { None } else { Some(seen) }
+    }
+}
+
+/// A copy of the binary that every user may run, wherever the source lies.
+struct Public(PathBuf);
+
+impl Public {
+    fn binary() -> Self {
+        let mut random = fastrand::Rng::new();
+        let path = env::temp_dir().join(format!("underpass-{:016x}", random.u64(..)));
+        fs::copy(underpass().get_program(), &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Self(path)
+    }
+
+    /// The command as the user nobody, without any capability.
+    fn as_nobody(&self) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--"]);
+        command.arg(&self.0);
+        command
+    }
+}
+
+impl Drop for Public {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn without_privileges_auto_goes_on_without_the_kernel_path() {
+    let (hosts, binary) = (Hosts::new(), Public::binary());
+    let target = hosts.listen(Family::V4);
+    for path in ["auto", "splice", "copy"] {
+        let mut command = binary.as_nobody();
+        command.args(["relay", "--listen", ":0", "--log-connections", "--path", path, "--to"]);
+        let relay = Daemon::start(&hosts.relay, command.arg(target.local_addr().unwrap().to_string()));
+        let line = relay.line(" ready ");
+        if path == "auto" {
+            assert!(line.contains("kernel=\"not used: ") && line.contains("CAP_"), "{line}");
+        }
+        let listen = SocketAddr::new(Hosts::relay_address(Family::V4), ready(&relay).port());
+        let client = connect(&hosts.client, listen).unwrap();
+        let server = accept(&target);
+        let (mut there, mut back) = (Stream::new(1), Stream::new(2));
+        for _ in 0..40 {
+            exchange(&client, &server, &mut there, &mut back, 64);
+        }
+        exchange(&client, &server, &mut there, &mut back, 4 << 20);
+        drop((client, server));
+        relay.line("end=\"closed\"");
+    }
+}
+
+#[test]
+fn without_privileges_the_kernel_path_is_refused() {
+    let (hosts, binary) = (Hosts::new(), Public::binary());
+    let mut command = binary.as_nobody();
+    command.args(["relay", "--listen", ":0", "--path", "kernel", "--to", "127.0.0.1:1"]);
+    let mut relay = Daemon::start(&hosts.relay, &mut command);
+    assert_eq!(relay.wait().code(), Some(3));
+    let line = relay.line("underpass: --path kernel cannot be used here: ");
+    assert!(line.contains("CAP_BPF") && line.contains("CAP_NET_ADMIN"), "{line}");
+}
+
+#[test]
+fn without_privileges_low_ports_are_refused() {
+    let (hosts, binary) = (Hosts::new(), Public::binary());
+    let mut command = binary.as_nobody();
+    let mut relay =
+        Daemon::start(&hosts.relay, command.args(["relay", "--listen", ":80", "--to", "127.0.0.1:1"]));
+    assert_eq!(relay.wait().code(), Some(3));
+    relay.line("cannot listen on :80: ports below 1024 need CAP_NET_BIND_SERVICE");
 }

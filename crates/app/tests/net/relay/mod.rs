@@ -1,7 +1,10 @@
 //! The relay, end to end: client - relay - server.
 
+mod backpressure;
+mod families;
 mod hazards;
 mod limits;
+mod pair;
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
