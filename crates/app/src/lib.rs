@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod error;
 pub mod hook;
 pub mod lab;
+mod live;
 pub mod logging;
 pub mod mux;
 pub mod object;

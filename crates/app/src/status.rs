@@ -6,7 +6,7 @@ use std::io::Write as _;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::{dnsguard, error::Result, shortcut};
+use crate::{dnsguard, error::Result, relay, shortcut};
 
 /// Arguments of `underpass status`.
 #[derive(Debug, clap::Args)]
@@ -29,6 +29,9 @@ pub(crate) struct Item {
     pub why: String,
     /// Whether it is at work: a pin may be left of what is gone.
     pub works: bool,
+    /// What more there is to tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub details: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -38,6 +41,7 @@ struct Report {
 
 pub(crate) fn status(args: &Args) -> Result<()> {
     let mut items = vec![];
+    items.extend(relay::status()?);
     items.extend(dnsguard::status()?);
     items.extend(shortcut::status()?);
     let mut out = std::io::stdout().lock();

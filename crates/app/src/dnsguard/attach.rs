@@ -315,6 +315,7 @@ pub(crate) fn status() -> Result<Vec<Item>> {
             path: found.attached.hook.word().to_owned(),
             why,
             works,
+            details: None,
         });
     }
     Ok(items)

@@ -12,7 +12,7 @@ use super::{
     Choice,
     kernel::Kernel,
     probe,
-    worker::{Job, Worker},
+    worker::{Job, Open, Worker},
 };
 use crate::error::{Error, Result};
 
@@ -52,6 +52,16 @@ impl Engine {
     pub fn carry(&self, job: Job) {
         let next = self.next.fetch_add(1, Ordering::Relaxed);
         self.workers[next % self.workers.len()].carry(job);
+    }
+
+    /// Tells of the open connections.
+    pub async fn describe(&self) -> Vec<Open> {
+        let mut open = vec![];
+        for worker in &self.workers {
+            // A worker that was stopped has none.
+            open.extend(worker.describe().await.unwrap_or_default());
+        }
+        open
     }
 
     /// Ends every connection.

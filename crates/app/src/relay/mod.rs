@@ -23,10 +23,41 @@ pub(crate) mod worker;
 
 use std::io;
 
+use crate::{live, status::Item};
+
 pub(crate) use demo::scene;
 pub(crate) use doctor::doctor;
 pub(crate) use serve::run;
 pub use settings::Args;
+
+/// The relays that run, for `underpass status`.
+pub(crate) fn status() -> anyhow::Result<Vec<Item>> {
+    let text = |told: &serde_json::Value, key: &str| told[key].as_str().unwrap_or_default().to_owned();
+    let item = |running: live::Running| match running.told {
+        Ok(told) => Item {
+            function: "relay",
+            on: format!("{} -> {}", text(&told, "listen"), text(&told, "to")),
+            path: text(&told, "path"),
+            why: format!(
+                "pid {}, {} open; kernel path {}",
+                running.pid,
+                told["counts"]["open"],
+                text(&told, "kernel")
+            ),
+            works: true,
+            details: Some(told),
+        },
+        Err(error) => Item {
+            function: "relay",
+            on: format!("pid {}", running.pid),
+            path: String::new(),
+            why: format!("{error:#}"),
+            works: false,
+            details: None,
+        },
+    };
+    Ok(live::ask("relay")?.into_iter().map(item).collect())
+}
 
 /// The data paths that a connection may use, as the user chose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +84,15 @@ impl Choice {
             Self::Auto { switch_every, .. } => Self::Auto { kernel: false, switch_every },
             Self::Kernel | Self::Copy => Self::Copy,
             Self::Splice => Self::Splice,
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Auto { .. } => "auto",
+            Self::Kernel => "kernel",
+            Self::Splice => "splice",
+            Self::Copy => "copy",
         }
     }
 

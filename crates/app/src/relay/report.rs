@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use serde_json::json;
 use tracing::{info, warn};
 use underpass_logic::relay::Path;
 
@@ -41,17 +42,29 @@ impl Counts {
 
     /// The summary that is logged now and then.
     pub fn log(&self) {
-        let [copy, splice, kernel] = [0, 1, 2].map(|i| self.bytes[i].load(Ordering::Relaxed));
         info!(
             open = self.open.load(Ordering::Relaxed),
             finished = self.finished.load(Ordering::Relaxed),
             failed = self.failed.load(Ordering::Relaxed),
             refused = self.refused.load(Ordering::Relaxed),
-            copy_bytes = copy,
-            splice_bytes = splice,
-            kernel_bytes = kernel,
+            copy_bytes = self.bytes[0].load(Ordering::Relaxed),
+            splice_bytes = self.bytes[1].load(Ordering::Relaxed),
+            kernel_bytes = self.bytes[2].load(Ordering::Relaxed),
             "summary"
         );
+    }
+
+    /// The same for `underpass status`. Bytes are those of finished connections.
+    pub fn describe(&self) -> serde_json::Value {
+        json!({
+            "open": self.open.load(Ordering::Relaxed),
+            "finished": self.finished.load(Ordering::Relaxed),
+            "failed": self.failed.load(Ordering::Relaxed),
+            "refused": self.refused.load(Ordering::Relaxed),
+            "copy_bytes": self.bytes[0].load(Ordering::Relaxed),
+            "splice_bytes": self.bytes[1].load(Ordering::Relaxed),
+            "kernel_bytes": self.bytes[2].load(Ordering::Relaxed),
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -31,6 +32,7 @@ use super::{
 use crate::{
     address::{HostPort, Listen},
     error::{Error, Result},
+    live,
 };
 
 /// Descriptors that are not for connections: epoll sets, maps, pipes kept, logs.
@@ -89,8 +91,16 @@ impl Relay {
         info!(listen = %address, to = self.target, kernel = self.engine.kernel, "ready");
         let listener = readable(listener).context("cannot watch the listener")?;
         let mut acceptor = Acceptor::new(Arc::clone(&self));
+        let status = live::answer("relay", async || self.describe(address).await);
+        let mut status = std::pin::pin!(status);
+        let mut listed = true;
         loop {
             tokio::select! {
+                // It only ever ends with an error, and the relay does its job without.
+                result = &mut status, if listed => {
+                    listed = false;
+                    warn!("not listed by `underpass status`: {:#}", result.err().unwrap_or_else(|| anyhow::anyhow!("ended")));
+                }
                 result = acceptor.accept(&listener) => result.context("cannot accept")?,
                 _ = summary.tick(), if !self.settings.log_connections => self.counts.log(),
                 _ = interrupt.recv() => break,
@@ -100,6 +110,18 @@ impl Relay {
         drop((listener, acceptor));
         self.stop().await;
         Ok(())
+    }
+
+    /// What `underpass status` shows.
+    async fn describe(&self, address: SocketAddr) -> serde_json::Value {
+        json!({
+            "listen": address,
+            "to": self.target,
+            "path": self.engine.choice.word(),
+            "kernel": self.engine.kernel,
+            "counts": self.counts.describe(),
+            "connections": self.engine.describe().await,
+        })
     }
 
     /// Lets connections finish for the grace time, then ends them.

@@ -13,7 +13,7 @@ use std::{
     cmp::Reverse,
     collections::BinaryHeap,
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{Shutdown, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
@@ -24,12 +24,15 @@ use nix::sys::{
     epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
     eventfd::{EfdFlags, EventFd},
 };
+use serde::Serialize;
+use tokio::sync::oneshot;
 use underpass_logic::relay::{Path, Window, better_path};
 
 use super::{
     Choice, End, Side,
     kernel::{Event, Joined, Kernel, SLOTS},
     pipe::{Pipe, Pipes},
+    report::word,
     tcp,
 };
 
@@ -92,7 +95,7 @@ pub struct Report {
 }
 
 /// Bytes of one direction by the path that moved them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Bytes {
     pub copy: u64,
     pub splice: u64,
@@ -106,9 +109,22 @@ impl Bytes {
     }
 }
 
+/// An open connection, for `underpass status`.
+#[derive(Debug, Serialize)]
+pub struct Open {
+    pub client: Option<SocketAddr>,
+    pub target: Option<SocketAddr>,
+    pub path: &'static str,
+    pub why: String,
+    pub switches: u32,
+    pub from_client: Bytes,
+    pub from_target: Bytes,
+}
+
 #[derive(Debug)]
 enum Command {
     Carry(Box<Job>),
+    Describe(oneshot::Sender<Vec<Open>>),
     Stop,
 }
 
@@ -128,6 +144,13 @@ impl Worker {
     /// Carries a connection to its end.
     pub fn carry(&self, job: Job) {
         self.command(Command::Carry(Box::new(job)));
+    }
+
+    /// Tells of the open connections. The channel fails if the thread was stopped.
+    pub fn describe(&self) -> oneshot::Receiver<Vec<Open>> {
+        let (tell, told) = oneshot::channel();
+        self.command(Command::Describe(tell));
+        told
     }
 
     /// Ends every connection, and the thread.
@@ -282,6 +305,12 @@ impl Thread {
         while let Ok(command) = self.inbox.try_recv() {
             match command {
                 Command::Carry(job) => self.begin(*job),
+                Command::Describe(tell) => {
+                    let kernel = self.tools.kernel.as_ref();
+                    let open = self.pairs.iter().flatten().map(|pair| pair.describe(kernel)).collect();
+                    // Whoever asked may have left.
+                    let _ = tell.send(open);
+                }
                 Command::Stop => {
                     for index in 0..self.pairs.len() as u32 {
                         self.end(index * 2, End::Stopped);
@@ -489,6 +518,19 @@ impl Pair {
                 .zip(kernel)
                 .map_or(0, |(joined, kernel)| kernel.redirected(joined)),
         })
+    }
+
+    fn describe(&self, kernel: Option<&Kernel>) -> Open {
+        let [from_client, from_target] = self.bytes(kernel);
+        Open {
+            client: self.ends[0].stream.peer_addr().ok(),
+            target: self.ends[1].stream.peer_addr().ok(),
+            path: word(self.path),
+            why: self.why.clone(),
+            switches: self.switches,
+            from_client,
+            from_target,
+        }
     }
 
     fn advance(&mut self, slot: u32, tools: &mut Tools) -> Result<Wait, Failed> {

@@ -136,6 +136,7 @@ pub(crate) fn status() -> Result<Vec<Item>> {
         path: "sockmap".into(),
         why,
         works: helper.is_some(),
+        details: None,
     }])
 }
 
