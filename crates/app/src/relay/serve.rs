@@ -5,7 +5,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Args,
+    Args, End,
     dial::{self, dial},
     engine::{Engine, prepare},
     report::{self, Counts},
@@ -68,6 +68,8 @@ struct Relay {
     counts: Counts,
     /// As many connections as there are descriptors for.
     most: usize,
+    /// When a target that cannot be reached was last told of.
+    told: Mutex<Option<Instant>>,
 }
 
 impl Relay {
@@ -79,7 +81,15 @@ impl Relay {
                 (address.to_string(), ip.map(|ip| (ip, address.port).into()))
             }
         };
-        Arc::new(Self { settings, target, direct, engine, counts: Counts::default(), most })
+        Arc::new(Self {
+            settings,
+            target,
+            direct,
+            engine,
+            counts: Counts::default(),
+            most,
+            told: Mutex::new(None),
+        })
     }
 
     async fn serve(self: Arc<Self>, listener: TcpListener) -> Result<()> {
@@ -170,7 +180,17 @@ impl Relay {
         tcp::reset_on_close(client);
         self.counts.open.fetch_sub(1, Ordering::Relaxed);
         self.counts.failed.fetch_add(1, Ordering::Relaxed);
-        report::log_unreached(peer, &self.target, error, begun.elapsed());
+        self.tell_unreached(peer, error, begun);
+    }
+
+    /// A target that cannot be reached is told of even where connections are not
+    /// logged, but then at most once a second: the summary has the number.
+    fn tell_unreached(&self, peer: SocketAddr, error: &dyn std::fmt::Display, begun: Instant) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.settings.log_connections || told.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
+            *told = Some(Instant::now());
+            report::log_unreached(peer, &self.target, error, begun.elapsed());
+        }
     }
 
     fn carry(
@@ -193,6 +213,8 @@ impl Relay {
                 relay.counts.add(&report);
                 if relay.settings.log_connections {
                     report::log(peer, &name, &report, begun.elapsed());
+                } else if let End::Unreachable(error) = &report.end {
+                    relay.tell_unreached(peer, error, begun);
                 }
                 relay.counts.open.fetch_sub(1, Ordering::Relaxed);
             }),

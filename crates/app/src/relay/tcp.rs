@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd as _},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -88,8 +89,12 @@ pub fn set_low_water(socket: &impl AsFd, bytes: libc::c_int) -> io::Result<()> {
 /// Going above `net.core.rmem_max` takes CAP_NET_ADMIN; without it the system's
 /// limit stays the only one.
 pub fn limit_receive_queue(socket: &impl AsFd) {
-    let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
-    let most = limits.split_whitespace().last().and_then(|most| most.parse::<usize>().ok());
+    // Read once: this is asked for each connection.
+    static SYSTEM: OnceLock<Option<usize>> = OnceLock::new();
+    let most = SYSTEM.get_or_init(|| {
+        let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").ok()?;
+        limits.split_whitespace().last()?.parse().ok()
+    });
     if most.is_none_or(|most| most > MOST_QUEUED) {
         // The kernel doubles what is asked for (socket(7)).
         let _ = setsockopt(socket, sockopt::RcvBufForce, &(MOST_QUEUED / 2));
