@@ -155,7 +155,7 @@ fn pin(folder: &Folder, scope: &Scope, cgroups: &[PathBuf]) -> anyhow::Result<()
     std::mem::forget(send.take_link(link)?);
     let read: &mut BtfTracePoint = programs.get("shortcut_read")?;
     let link = read.attach().context("cannot attach shortcut_read")?;
-    let link: FdLink = read.take_link(link)?.try_into()?;
+    let link: FdLink = read.take_link(link)?.into();
     link.pin(folder.pin("read")).context("cannot pin a link")?;
     programs.iterator()?.pin(&folder.pin("enter")).context("cannot pin the iterator")?;
 

@@ -487,9 +487,9 @@ fn passed(lab: &Lab) -> Result<()> {
     let mut byte = [0];
     let mut slices = [IoSliceMut::new(&mut byte)];
     let message = recvmsg::<()>(theirs.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::empty())?;
-    let fd = message.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-        _ => None,
+    let fd = message.cmsgs()?.find_map(|message| {
+        let ControlMessageOwned::ScmRights(fds) = message else { return None };
+        fds.first().copied()
     });
     // SAFETY: the kernel has just made the descriptor for this message.
     let server = TcpStream::from(unsafe { OwnedFd::from_raw_fd(fd.context("no socket was passed")?) });

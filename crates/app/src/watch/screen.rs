@@ -94,6 +94,7 @@ impl Screen {
     }
 
     /// Takes a key press.
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all other keys do nothing")]
     pub fn press(&mut self, key: KeyEvent) -> Answer {
         if key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL) {
             return Answer::Leave;
@@ -129,6 +130,7 @@ impl Screen {
         Answer::Stay
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all other keys do nothing")]
     fn type_in(&mut self, key: KeyCode) {
         match key {
             KeyCode::Enter => self.typing = false,
@@ -272,7 +274,7 @@ impl Screen {
         });
         let mut rows: Vec<Row> = match self.group {
             Group::Connection => single.map(|(row, _)| row).collect(),
-            group => grouped(group, single),
+            group @ (Group::Process | Group::Remote | Group::Container) => grouped(group, single),
         };
         rows.sort_by(|a, b| {
             self.sort.compare(a, b).then_with(|| a.name.cmp(&b.name)).then_with(|| a.remote.cmp(&b.remote))
