@@ -7,6 +7,7 @@ mod peers;
 mod plot;
 mod relay;
 mod report;
+mod watch;
 
 use clap::{Parser, Subcommand};
 
@@ -22,6 +23,8 @@ struct Cli {
 enum Bench {
     /// The relay's paths beside haproxy, nginx stream, socat and realm
     Relay(relay::Args),
+    /// What watching costs, beside bpftrace, tcplife and events per packet
+    Watch(watch::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -29,6 +32,7 @@ fn main() -> anyhow::Result<()> {
     leave_on_interrupt()?;
     match cli.bench {
         Bench::Relay(args) => relay::run(&args),
+        Bench::Watch(args) => watch::run(&args),
     }
 }
 

@@ -200,7 +200,7 @@ fn listens(pid: u32, port: u16) -> bool {
 }
 
 /// The binary beside this one.
-fn sibling(name: &str) -> Result<PathBuf> {
+pub fn sibling(name: &str) -> Result<PathBuf> {
     let binary = std::env::current_exe()?.with_file_name(name);
     anyhow::ensure!(binary.exists(), "{} is not there: run ./dev build", binary.display());
     Ok(binary)

@@ -42,6 +42,8 @@ pub mod direction {
     pub const OUTBOUND: u8 = 1;
     /// The other side.
     pub const INBOUND: u8 = 2;
+    /// Neither: this host passes it on.
+    pub const FORWARDED: u8 = 3;
 }
 
 /// `Socket::flags` and `Connection::flags`.
@@ -225,6 +227,70 @@ pub struct Process {
     pub exe: Path,
     /// The cgroup's path.
     pub cgroup_path: Path,
+}
+
+/// A flow through an interface: who is beyond the interface, who is on this side.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Passage {
+    /// Source of what comes in by the interface.
+    pub beyond: Address,
+    /// Source of what goes out by it.
+    pub behind: Address,
+    /// The port beyond, 0 where there is none.
+    pub beyond_port: u16,
+    /// The port behind.
+    pub behind_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 3],
+}
+
+/// What is counted for each [`Passage`], on each CPU.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Passed {
+    /// First packet.
+    pub started: u64,
+    /// Last packet.
+    pub seen: u64,
+    /// Payload bytes that came in by the interface.
+    pub in_bytes: u64,
+    /// Payload bytes that went out by it.
+    pub out_bytes: u64,
+    /// 1 if a socket of this host has sent some of it.
+    pub own: u64,
+}
+
+/// One packet, for those who want them one by one.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PacketNote {
+    /// When.
+    pub at: u64,
+    /// Its flow.
+    pub passage: Passage,
+    /// Bytes of payload.
+    pub payload: u32,
+    /// 1 if it went out by the interface, 0 if it came in.
+    pub out: u32,
+}
+
+/// Indices of the gateway's per-CPU counters.
+pub mod passing {
+    /// Flows that were entered.
+    pub const ENTERED: u32 = 0;
+    /// Packets that were not told one by one: too many, or the ring was full.
+    pub const UNTOLD: u32 = 1;
+    /// Packets told in the second that began at [`SINCE`].
+    pub const TOLD: u32 = 2;
+    /// When the present second began.
+    pub const SINCE: u32 = 3;
+    /// How many there are.
+    pub const COUNT: u32 = 4;
+    /// How many packets a second each CPU tells of.
+    pub const A_SECOND: u64 = 10_000;
 }
 
 /// The longest message from port 53 that is handed on.
@@ -449,6 +515,9 @@ crate::pod!(
     Flow = 120,
     Datagrams = 40,
     Connection = 136,
+    Passage = 40,
+    Passed = 40,
+    PacketNote = 56,
     Process = 4120,
     Answer = 4128,
     Released = 24,

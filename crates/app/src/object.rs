@@ -14,6 +14,8 @@ pub const MUX: &[u8] = object!("mux");
 pub const PACKET: &[u8] = object!("packet");
 /// watch's programs.
 pub const WATCH: &[u8] = object!("watch");
+/// watch's programs for what passes through an interface.
+pub const WATCH_GATEWAY: &[u8] = object!("watch_gateway");
 /// The shortcut's programs.
 pub const SHORTCUT: &[u8] = object!("shortcut");
 /// dnsguard's programs.

@@ -43,6 +43,10 @@ pub enum Event {
         flows: u64,
         /// Sockets for which there was no memory.
         sockets: u64,
+        /// Forwarded flows that made room for others before they were read.
+        passages: u64,
+        /// Packets that were not told one by one, though that was asked for.
+        packets: u64,
     },
 }
 

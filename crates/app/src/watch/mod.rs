@@ -6,10 +6,12 @@
 
 mod demo;
 pub mod event;
+mod gateway;
 mod names;
 pub mod output;
 mod place;
 mod programs;
+mod reverse;
 mod screen;
 pub mod state;
 
@@ -34,8 +36,10 @@ use underpass_abi::watch::{COMM, Filter};
 
 use self::{
     event::{Event, Program},
+    gateway::Gateway,
     output::Clock,
     programs::Programs,
+    reverse::Reverse,
     screen::{Answer, Screen},
     state::State,
 };
@@ -50,6 +54,12 @@ pub struct Args {
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
+    /// Show, too, what passes through this interface and is not this host's own
+    #[arg(long, value_name = "IFACE")]
+    interface: Option<String>,
+    /// One line per packet of that interface: at most 10,000 a second and CPU, the rest is counted
+    #[arg(long, requires = "interface")]
+    packets: bool,
     /// How often totals of living connections are read
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
     interval: Duration,
@@ -65,6 +75,9 @@ pub struct Args {
     /// Only connections with this port on either side
     #[arg(long, value_name = "N")]
     port: Option<u16>,
+    /// Ask the resolver for the names of remote addresses that no answer has named
+    #[arg(long)]
+    reverse: bool,
     /// Leave out connections to the loopback addresses
     #[arg(long)]
     no_loopback: bool,
@@ -131,7 +144,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(Watch::begin(programs, args)?.go())?;
+    let gateway = args.interface.as_ref().map(|name| Gateway::attach(name, args.packets, filter));
+    let gateway = gateway.transpose().map_err(|error| Error::Unable(format!("{error:#}")))?;
+    runtime.block_on(Watch::begin(programs, gateway, args)?.go())?;
     Ok(())
 }
 
@@ -167,6 +182,8 @@ pub(crate) fn doctor() -> doctor::Function {
 struct Watch<'a> {
     terminal: Option<Terminal>,
     programs: Programs,
+    gateway: Option<Gateway>,
+    reverse: Option<Reverse>,
     state: State,
     args: &'a Args,
     clock: Clock,
@@ -177,10 +194,18 @@ struct Watch<'a> {
 const DRAIN: Duration = Duration::from_millis(200);
 
 impl<'a> Watch<'a> {
-    fn begin(programs: Programs, args: &'a Args) -> Result<Self> {
+    fn begin(programs: Programs, gateway: Option<Gateway>, args: &'a Args) -> Result<Self> {
         let lost = programs.lost()?;
-        let mut watch =
-            Self { terminal: None, programs, state: State::default(), args, clock: Clock::now(), lost };
+        let mut watch = Self {
+            terminal: None,
+            programs,
+            gateway,
+            reverse: args.reverse.then(Reverse::start),
+            state: State::default(),
+            args,
+            clock: Clock::now(),
+            lost,
+        };
         for missing in &watch.programs.missing {
             tell(format_args!("missing: {missing}"));
         }
@@ -288,7 +313,8 @@ impl<'a> Watch<'a> {
         self.lost = lost;
         let now = output::boot_time();
         let [events, flows, sockets] = lost;
-        self.state.apply(Event::Lost { events, flows, sockets }, now);
+        let (passages, untold) = self.look_at_gateway(now)?;
+        self.state.apply(Event::Lost { events, flows, sockets, passages, packets: untold }, now);
         for report in self.programs.tcp(everything)?.into_iter().chain(self.programs.flows(everything)?) {
             self.state.apply(Event::Alive(report), now);
         }
@@ -297,11 +323,30 @@ impl<'a> Watch<'a> {
         }
         self.state.apply(Event::FlowsRead, now);
         for flow in self.state.take_forgotten() {
-            self.programs.forget(&flow);
+            if !self.gateway.as_mut().is_some_and(|gateway| gateway.forget(&flow)) {
+                self.programs.forget(&flow);
+            }
+        }
+        if let Some(reverse) = &mut self.reverse {
+            let unnamed = self.state.open().filter(|(_, open)| open.view.remote_name.is_none());
+            reverse.ask(unnamed.map(|(_, open)| open.view.report.remote));
+            for (address, name) in reverse.answers() {
+                self.state.apply(Event::Name { address, name, lives: reverse::LIVES }, now);
+            }
         }
         self.state.tick(now);
         self.draw()?;
         self.print()
+    }
+
+    /// Takes in what has passed, and says how many flows and packets were missed.
+    fn look_at_gateway(&mut self, now: u64) -> anyhow::Result<(u64, u64)> {
+        let Some(gateway) = &mut self.gateway else { return Ok((0, 0)) };
+        let (flows, evicted) = gateway.flows()?;
+        for report in flows {
+            self.state.apply(Event::Alive(report), now);
+        }
+        Ok((evicted, gateway.untold()?))
     }
 
     /// Takes what came from the keyboard. `false` to end.
@@ -329,10 +374,8 @@ impl<'a> Watch<'a> {
 
     fn print(&mut self) -> anyhow::Result<bool> {
         let lines = self.state.take_lines();
-        if self.terminal.is_some() {
-            return Ok(true);
-        }
-        if lines.is_empty() {
+        let packets = self.gateway.as_mut().map(Gateway::packets).unwrap_or_default();
+        if self.terminal.is_some() || (lines.is_empty() && packets.is_empty()) {
             return Ok(true);
         }
         let mut out = BufWriter::new(io::stdout().lock());
@@ -341,6 +384,9 @@ impl<'a> Watch<'a> {
             .try_for_each(|line| match self.args.json {
                 true => output::json(&mut out, line, self.clock),
                 false => output::text(&mut out, line, self.clock),
+            })
+            .and_then(|()| {
+                packets.iter().try_for_each(|note| output::packet(&mut out, note, self.args.json, self.clock))
             })
             .and_then(|()| out.flush());
         match written {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::Serialize;
-use underpass_abi::watch::{Address, Connection, PACKET, direction, flag, quality};
+use underpass_abi::watch::{Address, Connection, PACKET, PacketNote, Passage, direction, flag, quality};
 
 use super::{
     place,
@@ -90,14 +90,16 @@ struct LostJson {
     events: u64,
     datagrams: u64,
     sockets: u64,
+    passages: u64,
+    packets: u64,
     unattributed: u64,
     undecoded: u64,
 }
 
 impl From<Lost> for LostJson {
     fn from(lost: Lost) -> Self {
-        let Lost { events, datagrams, sockets, unattributed, undecoded } = lost;
-        Self { events, datagrams, sockets, unattributed, undecoded }
+        let Lost { events, datagrams, sockets, passages, packets, unattributed, undecoded } = lost;
+        Self { events, datagrams, sockets, passages, packets, unattributed, undecoded }
     }
 }
 
@@ -141,7 +143,7 @@ fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
         cgroup: program.map(|program| program.cgroup_path.as_str()).filter(|path| !path.is_empty()),
         container: place.container,
         unit: place.unit,
-        netns: Some(report.netns),
+        netns: Some(report.netns).filter(|netns| *netns != 0),
         rx_bytes: (!began).then_some(report.rx_bytes),
         tx_bytes: (!began).then_some(report.tx_bytes),
         rtt_us: (report.rtt_us != 0 && !began).then_some(report.rtt_us),
@@ -150,6 +152,54 @@ fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
         attribution: Some(attribution(report)),
         lost: None,
     }
+}
+
+/// A packet that passes, as a line of JSON.
+#[derive(Debug, Serialize)]
+struct PacketJson {
+    time: String,
+    event: &'static str,
+    protocol: String,
+    direction: &'static str,
+    local: Option<String>,
+    remote: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rx_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tx_bytes: Option<u32>,
+}
+
+/// Writes a line about one packet.
+///
+/// # Errors
+/// Those of the writer.
+pub fn packet(out: &mut impl Write, note: &PacketNote, as_json: bool, clock: Clock) -> io::Result<()> {
+    let Passage { beyond, behind, beyond_port, behind_port, protocol: number, .. } = note.passage;
+    let sent = note.out == 1;
+    let line = PacketJson {
+        time: rfc3339(clock.wall(note.at)),
+        event: "packet",
+        protocol: protocol(u16::from(number)),
+        direction: "forwarded",
+        local: address(&behind, behind_port, &beyond),
+        remote: address(&beyond, beyond_port, &behind),
+        rx_bytes: (!sent).then_some(note.payload),
+        tx_bytes: sent.then_some(note.payload),
+    };
+    if as_json {
+        serde_json::to_writer(&mut *out, &line)?;
+        return out.write_all(b"\n");
+    }
+    let text = |address: &Option<String>| address.clone().unwrap_or_else(|| "-".to_owned());
+    let arrow = if sent { "->" } else { "<-" };
+    let (local, remote) = (text(&line.local), text(&line.remote));
+    writeln!(
+        out,
+        "{} packet   {:<5} {local} {arrow} {remote}  {}",
+        &line.time[11..23],
+        line.protocol,
+        note.payload
+    )
 }
 
 /// Writes a line for people.
@@ -173,6 +223,7 @@ pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
     let arrow = match report.direction {
         direction::INBOUND => "<-",
         direction::OUTBOUND => "->",
+        direction::FORWARDED => "<>",
         _ => "--",
     };
     let local = address(&report.local, report.local_port, &report.remote).unwrap_or_else(|| "-".to_owned());
@@ -199,8 +250,15 @@ pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
 /// Everything that was missed, for people.
 pub fn lost_text(lost: Lost) -> String {
     format!(
-        "{} events, {} datagrams, {} sockets, {} undecoded; {} connections without a process",
-        lost.events, lost.datagrams, lost.sockets, lost.undecoded, lost.unattributed
+        "{} events, {} datagrams, {} sockets, {} passing flows, {} packets, {} undecoded; {} connections \
+         without a process",
+        lost.events,
+        lost.datagrams,
+        lost.sockets,
+        lost.passages,
+        lost.packets,
+        lost.undecoded,
+        lost.unattributed
     )
 }
 
@@ -217,6 +275,7 @@ fn direction_word(report: &Connection) -> Option<&'static str> {
     match report.direction {
         direction::OUTBOUND => Some("outbound"),
         direction::INBOUND => Some("inbound"),
+        direction::FORWARDED => Some("forwarded"),
         _ => None,
     }
 }

@@ -175,7 +175,7 @@ impl Screen {
             tx += connection.rate.1;
             open += 1;
         }
-        let missed = lost.events + lost.datagrams + lost.sockets + lost.undecoded;
+        let missed = lost.events + lost.datagrams + lost.sockets + lost.passages + lost.undecoded;
         let lost = format!("lost {missed}, unattributed {}", lost.unattributed);
         let alarm =
             if missed > 0 { self.colour(Color::Red).add_modifier(Modifier::BOLD) } else { Style::new() };
@@ -257,6 +257,7 @@ impl Screen {
             keys.iter().map(|(key, what)| Line::from(format!("{key:<15} {what}"))).collect();
         lines.push(Line::default());
         lines.push(Line::from("-> opened here, <- opened there, -- open before the start."));
+        lines.push(Line::from("<> passes through this host."));
         lines.push(Line::from("A process in (brackets) listens; nobody has used the"));
         lines.push(Line::from("connection yet. [brackets] are threads of the kernel."));
         lines.extend(self.notes.iter().map(|note| Line::from(format!("missing: {note}"))));
@@ -358,6 +359,7 @@ fn row(key: &FlowKey, open: &Open) -> (Row, String) {
         arrow: match report.direction {
             direction::OUTBOUND => "->",
             direction::INBOUND => "<-",
+            direction::FORWARDED => "<>",
             _ => "--",
         },
         remote: remote(open),

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use underpass_abi::watch::{Connection, FlowKey, direction, flag, quality};
+use underpass_abi::watch::{Address, Connection, FlowKey, direction, flag, quality};
 
 use super::{
     event::{Event, Program, key},
@@ -78,6 +78,10 @@ pub struct Lost {
     pub datagrams: u64,
     /// Sockets for which the kernel had no memory.
     pub sockets: u64,
+    /// Forwarded flows that made room for others before they were read.
+    pub passages: u64,
+    /// Packets that were to be told one by one and were not.
+    pub packets: u64,
     /// Connections whose process could not be told.
     pub unattributed: u64,
     /// Records that could not be decoded.
@@ -148,9 +152,9 @@ impl State {
             }
             Event::FlowsRead => self.end_flows(now),
             Event::Swept => self.sweep(now),
-            Event::Name { address, name, lives } => self.names.enter(address, &name, lives, now),
-            Event::Lost { events, flows, sockets } => {
-                self.lose(Lost { events, datagrams: flows, sockets, ..self.lost })
+            Event::Name { address, name, lives } => self.name(address, &name, lives, now),
+            Event::Lost { events, flows, sockets, passages, packets } => {
+                self.lose(Lost { events, datagrams: flows, sockets, passages, packets, ..self.lost });
             }
         }
     }
@@ -299,7 +303,10 @@ impl State {
         self.totals.ended += 1;
         self.totals.rx_bytes += report.rx_bytes;
         self.totals.tx_bytes += report.tx_bytes;
-        if report.owner.quality == quality::NONE && report.flags & flag::KERNEL == 0 {
+        if report.owner.quality == quality::NONE
+            && report.flags & flag::KERNEL == 0
+            && report.direction != direction::FORWARDED
+        {
             self.lost.unattributed += 1;
         }
         if !announced {
@@ -328,8 +335,9 @@ impl State {
             .open
             .iter()
             .filter(|(key, open)| {
-                open.view.report.protocol != 6
-                    && (self.released.contains(&key.cookie) || open.view.report.at + idle < now)
+                let report = &open.view.report;
+                (report.protocol != 6 || report.direction == direction::FORWARDED)
+                    && (self.released.contains(&key.cookie) || report.at + idle < now)
             })
             .map(|(key, open)| (*key, open.view.report))
             .collect();
@@ -347,6 +355,13 @@ impl State {
             self.end(report, now);
         }
         self.open.values_mut().for_each(|open| open.mark = false);
+    }
+
+    fn name(&mut self, address: Address, name: &str, lives: Duration, now: u64) {
+        self.names.enter(address, name, lives, now);
+        for open in self.open.values_mut().filter(|open| open.view.report.remote == address) {
+            open.view.remote_name = self.names.of(&address, now);
+        }
     }
 
     fn introduce(&mut self, program: Program) {
@@ -503,7 +518,7 @@ pub(super) mod tests {
     fn losses_are_told_once() {
         let mut state = State::default();
         for _ in 0..2 {
-            state.apply(Event::Lost { events: 3, flows: 0, sockets: 1 }, 1);
+            state.apply(Event::Lost { events: 3, flows: 0, sockets: 1, passages: 0, packets: 0 }, 1);
         }
         state.undecoded();
         let lines = state.take_lines();

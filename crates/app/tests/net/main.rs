@@ -7,5 +7,6 @@ mod mux;
 mod relay;
 mod shortcut;
 mod watch;
+mod watch_gateway;
 mod watch_kinds;
 mod watch_owners;

@@ -24,13 +24,18 @@ pub struct Watch {
 impl Watch {
     /// Starts it and waits until it watches.
     pub fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))
-            .args(["watch", "--json"])
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::start_in(None, args)
+    }
+
+    /// The same in a network namespace.
+    pub fn start_in(namespace: Option<&Namespace>, args: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_underpass"));
+        command.args(["watch", "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = match namespace {
+            Some(namespace) => namespace.spawn(&mut command),
+            None => command.spawn(),
+        };
+        let mut child = child.unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         let lines = std::thread::spawn(move || {
             lines.lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()

@@ -1,0 +1,114 @@
+//! What passes through a host: a client and a server, and between them a namespace
+//! that forwards and watches.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    process::Command,
+};
+
+use underpass::lab::Namespace;
+
+use super::watch::Watch;
+
+fn ip(namespace: &Namespace, args: &str) {
+    let mut ip = Command::new("ip");
+    ip.args(args.split(' '));
+    assert!(namespace.spawn(&mut ip).unwrap().wait().unwrap().success(), "ip {args}");
+}
+
+/// Client, gateway, server; the server is beyond the gateway's `wan`.
+fn lab() -> [Namespace; 3] {
+    let [client, gateway, server] = [(); 3].map(|()| Namespace::new().unwrap());
+    client.join("up", &gateway, "lan").unwrap();
+    gateway.join("wan", &server, "down").unwrap();
+    for (namespace, name, address, prefix) in [
+        (&client, "up", "10.9.1.2", 24),
+        (&gateway, "lan", "10.9.1.1", 24),
+        (&gateway, "wan", "10.9.2.1", 24),
+        (&server, "down", "10.9.2.2", 24),
+        (&client, "up", "fd09:1::2", 64),
+        (&gateway, "lan", "fd09:1::1", 64),
+        (&gateway, "wan", "fd09:2::1", 64),
+        (&server, "down", "fd09:2::2", 64),
+    ] {
+        namespace.address(name, address.parse::<IpAddr>().unwrap(), prefix).unwrap();
+    }
+    gateway.enter(|| {
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+    });
+    for (namespace, via) in [(&client, 1), (&server, 2)] {
+        ip(namespace, &format!("route add default via 10.9.{via}.1"));
+        ip(namespace, &format!("-6 route add default via fd09:{via}::1"));
+    }
+    [client, gateway, server]
+}
+
+#[test]
+fn forwarded_flows_are_counted_and_the_hosts_own_are_not() {
+    let [client, gateway, server] = lab();
+    let watch = Watch::start_in(Some(&gateway), &["--interface", "wan", "--interval", "100ms"]);
+    let mut locals = vec![];
+    for (from, to) in [(&client, "10.9.2.2"), (&client, "fd09:2::2"), (&gateway, "10.9.2.2")] {
+        let listener = server.enter(|| TcpListener::bind((to, 0))).unwrap();
+        let at = listener.local_addr().unwrap();
+        let mut stream = from.enter(|| TcpStream::connect(at)).unwrap();
+        locals.push(stream.local_addr().unwrap().to_string());
+        let mut served = listener.accept().unwrap().0;
+        let write = std::thread::spawn(move || {
+            stream.write_all(&vec![1; 1_000_001]).unwrap();
+            stream.read_to_end(&mut vec![]).unwrap();
+        });
+        served.read_exact(&mut vec![0; 1_000_001]).unwrap();
+        served.write_all(&[2; 77]).unwrap();
+        drop(served);
+        write.join().unwrap();
+    }
+    let to = server.enter(|| UdpSocket::bind("10.9.2.2:0")).unwrap();
+    let from = client.enter(|| UdpSocket::bind("10.9.1.2:0")).unwrap();
+    for _ in 0..10 {
+        from.send_to(&[3; 100], to.local_addr().unwrap()).unwrap();
+        to.recv(&mut [0; 200]).unwrap();
+    }
+    locals.push(from.local_addr().unwrap().to_string());
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let (lines, notes) = watch.end();
+    let last = |local: &str| {
+        lines.iter().rfind(|line| {
+            line["local"] == local && line["direction"] == "forwarded" && line["event"] == "traffic"
+        })
+    };
+    for (local, sent, received) in
+        [(&locals[0], 1_000_001, 77), (&locals[1], 1_000_001, 77), (&locals[3], 1000, 0)]
+    {
+        let line = last(local).unwrap_or_else(|| panic!("{local}: {lines:#?} {notes}"));
+        assert_eq!((&line["tx_bytes"], &line["rx_bytes"]), (&sent.into(), &received.into()), "{line}");
+        assert_eq!(line["attribution"], "none");
+        assert_eq!(line.get("pid"), None);
+    }
+    assert_eq!(last(&locals[2]), None, "the gateway's own connection is no passing flow");
+    let own = lines.iter().find(|line| {
+        line["local"] == locals[2] && line["event"] == "close" && line["direction"] == "outbound"
+    });
+    assert_eq!(own.expect("the socket tells of it")["pid"], std::process::id());
+}
+
+#[test]
+fn each_packet_is_told_on_request() {
+    let [client, gateway, server] = lab();
+    let watch = Watch::start_in(Some(&gateway), &["--interface", "wan", "--packets", "--port", "9999"]);
+    let to = server.enter(|| UdpSocket::bind("10.9.2.2:9999")).unwrap();
+    let from = client.enter(|| UdpSocket::bind("10.9.1.2:0")).unwrap();
+    for size in 1..=50 {
+        from.send_to(&vec![3; size], to.local_addr().unwrap()).unwrap();
+        to.recv(&mut [0; 200]).unwrap();
+    }
+    let (lines, _) = watch.end();
+    let sizes: Vec<_> = lines
+        .iter()
+        .filter(|line| line["event"] == "packet" && line["protocol"] == "udp")
+        .map(|line| line["tx_bytes"].as_u64().unwrap())
+        .collect();
+    assert_eq!(sizes, (1..=50).collect::<Vec<_>>());
+}
