@@ -424,10 +424,18 @@ pub fn expect_reset(mut from: &TcpStream) {
 pub fn exchange(a: &TcpStream, b: &TcpStream, there: &mut Stream, back: &mut Stream, bytes: u64) {
     let (mut got_there, mut got_back) =
         (Stream { at: there.at, count: there.count }, Stream { at: back.at, count: back.count });
-    there.send(a, bytes).unwrap();
-    got_there.receive(b, bytes);
-    back.send(b, bytes).unwrap();
-    got_back.receive(a, bytes);
+    one_way(a, b, there, &mut got_there, bytes);
+    one_way(b, a, back, &mut got_back, bytes);
+}
+
+/// Sends and receives at the same time: what is sent may be more than the buffers on
+/// the way hold.
+fn one_way(from: &TcpStream, to: &TcpStream, sent: &mut Stream, got: &mut Stream, bytes: u64) {
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| sent.send(from, bytes).unwrap());
+        got.receive(to, bytes);
+        sender.join().unwrap();
+    });
 }
 
 /// The right to open thousands of descriptors, which all tests of this process share:
