@@ -1,5 +1,7 @@
 //! The kernel objects that this binary carries, one per function.
 
+use aya::programs::ProgramError;
+
 macro_rules! object {
     ($name:literal) => {
         aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/", $name, ".o"))
@@ -20,3 +22,19 @@ pub const WATCH_GATEWAY: &[u8] = object!("watch_gateway");
 pub const SHORTCUT: &[u8] = object!("shortcut");
 /// dnsguard's programs.
 pub const DNSGUARD: &[u8] = object!("dnsguard");
+
+/// Why the kernel did not load a program: the verifier's last word, not its whole log.
+pub(crate) fn refusal(error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError { io_error, verifier_log } = error else { return error.into() };
+    let log = verifier_log.to_string();
+    let is_figure = |line: &&str| {
+        ["processed ", "verification time", "stack depth"].iter().any(|figure| line.starts_with(figure))
+    };
+    match log.lines().rev().find(|line| !line.trim().is_empty() && !is_figure(line)) {
+        Some(word) if word.starts_with("unknown func") => {
+            anyhow::anyhow!("{io_error}: {word}: it takes a newer kernel")
+        }
+        Some(word) => anyhow::anyhow!("{io_error}: {word}"),
+        None => io_error.into(),
+    }
+}

@@ -85,7 +85,7 @@ impl Kernel {
         let mut ebpf = loader.load(object::RELAY).context("cannot load the relay's program")?;
         let sockets: SockHash<_, u64> = take(&mut ebpf, "SOCKETS")?.try_into()?;
         let program: &mut SkSkb = ebpf.program_mut("relay_verdict").context("relay_verdict")?.try_into()?;
-        program.load().context("the kernel refuses the relay's program")?;
+        program.load().map_err(object::refusal).context("the kernel refuses the relay's program")?;
         program.attach(sockets.fd()).context("cannot attach the relay's program to its map")?;
         Ok(Self {
             sockets,

@@ -147,7 +147,10 @@ impl Programs {
 
 fn tracepoint(object: &mut Ebpf, name: &str, point: &str, kernel: &Btf) -> Result<()> {
     let program: &mut BtfTracePoint = program(object, name)?;
-    program.load(point, kernel).with_context(|| format!("the kernel refuses {name}"))?;
+    program
+        .load(point, kernel)
+        .map_err(object::refusal)
+        .with_context(|| format!("the kernel refuses {name}"))?;
     program.attach().with_context(|| format!("cannot attach {name} to {point}"))?;
     Ok(())
 }
@@ -157,11 +160,11 @@ fn cgroup_programs(object: &mut Ebpf) -> Result<()> {
     // An attachment by link leaves room for others without being asked to.
     for name in ["watch_sendmsg4", "watch_sendmsg6", "watch_recvmsg4", "watch_recvmsg6"] {
         let program: &mut CgroupSockAddr = program(object, name)?;
-        program.load().with_context(|| format!("the kernel refuses {name}"))?;
+        program.load().map_err(object::refusal).with_context(|| format!("the kernel refuses {name}"))?;
         program.attach(&root, CgroupAttachMode::Single).with_context(|| format!("cannot attach {name}"))?;
     }
     let program: &mut CgroupSock = program(object, "watch_release")?;
-    program.load().context("the kernel refuses watch_release")?;
+    program.load().map_err(object::refusal).context("the kernel refuses watch_release")?;
     program.attach(&root, CgroupAttachMode::Single).context("cannot attach watch_release")?;
     Ok(())
 }
@@ -187,7 +190,10 @@ fn iterator(
     kernel: &Btf,
 ) -> Result<Iterator> {
     let program: &mut Iter = program(object, name)?;
-    program.load(kind, kernel).with_context(|| format!("the kernel refuses {name}"))?;
+    program
+        .load(kind, kernel)
+        .map_err(object::refusal)
+        .with_context(|| format!("the kernel refuses {name}"))?;
     let program = program.fd()?.as_fd();
     Iterator::attach(program, map.map(AsFd::as_fd)).with_context(|| format!("cannot attach {name}"))
 }

@@ -1,6 +1,7 @@
 //! End to end, in private network namespaces, with the real binary. Needs root.
 
 mod dnsguard;
+mod doctor;
 mod kit;
 mod lab;
 mod mux;

@@ -68,7 +68,7 @@ fn the_verifier_spends_little_on_the_parser() {
     for (name, most) in [
         ("packet_pass_xdp", 10_000),
         ("packet_port_xdp", 15_000),
-        ("packet_pass_tc", 30_000),
+        ("packet_pass_tc", 60_000),
         ("packet_port_tc", 60_000),
     ] {
         let info = object.program(name).unwrap().info().unwrap();
