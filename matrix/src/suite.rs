@@ -84,7 +84,8 @@ const STEPS: &[Step] = &[
         ))
     },
     tests("dnsguard", "prog_run", "prog_run", &["dnsguard::"], &[]),
-    Step { needs_peers: true, ..tests("shortcut", "net", "net", &["shortcut::"], &[]) },
+    // It counts what is read by a tracepoint that came with 6.3.
+    Step { needs_peers: true, since: (6, 3), ..tests("shortcut", "net", "net", &["shortcut::"], &[]) },
     // Its programs keep what they know in the sockets, which came with 5.11.
     Step { needs_peers: true, since: (5, 11), ..tests("watch", "net", "net", &["watch::"], &[]) },
     Step {

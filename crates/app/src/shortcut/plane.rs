@@ -58,12 +58,20 @@ impl Programs {
         }
 
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
-        programs.get::<SockOps>("shortcut_meet")?.load().context("cannot load shortcut_meet")?;
+        programs
+            .get::<SockOps>("shortcut_meet")?
+            .load()
+            .map_err(object::refusal)
+            .context("cannot load shortcut_meet (the shortcut needs Linux 6.3)")?;
         programs
             .get::<BtfTracePoint>("shortcut_read")?
             .load("sock_recv_length", &btf)
             .context("cannot load shortcut_read (its tracepoint, sock_recv_length, needs Linux 6.3)")?;
-        programs.get::<SkMsg>("shortcut_send")?.load().context("cannot load shortcut_send")?;
+        programs
+            .get::<SkMsg>("shortcut_send")?
+            .load()
+            .map_err(object::refusal)
+            .context("cannot load shortcut_send")?;
         programs
             .get::<Iter>("shortcut_enter")?
             .load("bpf_sk_storage_map", &btf)
