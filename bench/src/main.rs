@@ -7,6 +7,7 @@ mod peers;
 mod plot;
 mod relay;
 mod report;
+mod shortcut;
 mod watch;
 
 use clap::{Parser, Subcommand};
@@ -25,6 +26,8 @@ enum Bench {
     Relay(relay::Args),
     /// What watching costs, beside bpftrace, tcplife and events per packet
     Watch(watch::Args),
+    /// Local connections with and without the shortcut, and over Unix sockets
+    Shortcut(shortcut::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -33,6 +36,7 @@ fn main() -> anyhow::Result<()> {
     match cli.bench {
         Bench::Relay(args) => relay::run(&args),
         Bench::Watch(args) => watch::run(&args),
+        Bench::Shortcut(args) => shortcut::run(&args),
     }
 }
 

@@ -27,7 +27,7 @@ pub struct Limits {
 
 /// The policy in force.
 pub const LIMITS: Limits =
-    Limits { cap: 2 << 20, small: 4096, streak: 64, turns: 16, turn_reads: 64, turn_bytes: 1536 << 10 };
+    Limits { cap: 2 << 20, small: 4096, streak: 64, turns: 16, turn_reads: 256, turn_bytes: 1536 << 10 };
 
 /// Why a pair is left to TCP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     error::{Error, Result},
-    relay, watch,
+    relay, shortcut, watch,
 };
 
 /// Arguments of `underpass demo`.
@@ -27,6 +27,8 @@ pub struct Args {
 enum Name {
     /// Bytes moved on each path, through a SOCKS5 proxy
     Relay,
+    /// Exchanges between two local ends, by TCP and by the shortcut
+    Shortcut,
     /// Processes that talk, each named with its bytes
     Watch,
 }
@@ -104,6 +106,7 @@ fn play(name: Name, quiet: bool) -> Result<Scene> {
     let progress = |scene| Progress { scene, shown: !quiet && std::io::stderr().is_terminal() };
     match name {
         Name::Relay => relay::scene(&progress("relay")),
+        Name::Shortcut => shortcut::scene(&progress("shortcut")),
         Name::Watch => watch::scene(&progress("watch")),
     }
     .map_err(|error| Error::Failed(error.context(format!("the scene {name:?} broke off"))))

@@ -299,12 +299,15 @@ pub(super) fn serve() -> Result<()> {
     folder.remove()
 }
 
-/// When a process started, in clock ticks since the system did.
+/// When a process that is alive started, in clock ticks since the system did.
 fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field, the name, is in parentheses and may hold anything; 22 is the
-    // twentieth after it.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+    // The second field, the name, is in parentheses and may hold anything; the state
+    // follows it, and 22 is the twentieth from there.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?;
+    // A zombie is dead, though nobody has taken note of it.
+    if state == "Z" { None } else { fields.nth(18)?.parse().ok() }
 }
 
 impl Attached {

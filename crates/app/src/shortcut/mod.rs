@@ -17,14 +17,17 @@ use crate::error;
 
 mod attach;
 pub mod cgroup;
+mod demo;
 mod doctor;
 mod helper;
 mod iterate;
+pub mod measure;
 mod plane;
 pub mod probe;
 mod show;
 pub mod summary;
 
+pub(crate) use demo::scene;
 pub(crate) use doctor::doctor;
 use plane::{Programs, Tables};
 pub(crate) use show::{down, status};

@@ -51,7 +51,8 @@ async def main():
         print(server.sockets[0].getsockname()[1], flush=True)
         await done
     else:
-        reader, writer = await asyncio.open_connection(address, port)
+        source = (address, int(sys.argv[7])) if len(sys.argv) > 7 else None
+        reader, writer = await asyncio.open_connection(address, port, local_addr=source)
         for _ in range(rounds):
             await send(writer)
             await receive(reader)
