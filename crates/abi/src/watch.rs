@@ -475,8 +475,6 @@ pub struct Offsets {
     pub mnt_mountpoint: u32,
     /// `socket.sk`
     pub socket_sk: u32,
-    /// `sock.sk_type`
-    pub kind: u32,
     /// `pt_regs`: the system call's number
     pub regs_call: u32,
     /// `pt_regs`: its second argument
@@ -523,6 +521,6 @@ crate::pod!(
     Released = 24,
     Peer = 24,
     Filter = 56,
-    Offsets = 192,
+    Offsets = 188,
     Calls = 32,
 );

@@ -171,7 +171,7 @@ pub(crate) fn doctor() -> doctor::Function {
         Err(error) => {
             let detail = format!("{error:#}");
             missing
-                .push(format!("{detail}; watch takes Linux 5.11 or newer with BTF, CAP_BPF and CAP_PERFMON"));
+                .push(format!("{detail}; watch takes Linux 5.12 or newer with BTF, CAP_BPF and CAP_PERFMON"));
             checks.push(doctor::Check { name: "programs".to_owned(), ok: false, detail });
         }
     }

@@ -355,3 +355,68 @@ pub fn bytes(count: u64) -> String {
 fn rfc3339(time: SystemTime) -> String {
     humantime::format_rfc3339_micros(time).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::watch::{event::Program, state::tests::report};
+
+    fn view() -> View {
+        let program = Program {
+            pid: 100,
+            exe: "/usr/bin/curl".to_owned(),
+            cgroup: 1,
+            cgroup_path: "/system.slice/cron.service".to_owned(),
+        };
+        View {
+            report: report(1, 100, b"curl", 500_000, 1000),
+            program: Some(Rc::new(program)),
+            remote_name: Some("www.example.com".into()),
+        }
+    }
+
+    fn written(line: &Line) -> String {
+        let mut out = vec![];
+        json(&mut out, line, Clock { zero: SystemTime::UNIX_EPOCH }).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn the_schema_stays() {
+        let line = Line::Connection { what: What::Close, connection: view() };
+        assert_eq!(
+            written(&line),
+            "{\"time\":\"1970-01-01T00:00:00.000501Z\",\"event\":\"close\",\"protocol\":\"tcp\",\
+             \"direction\":\"outbound\",\"local\":\"10.0.0.1:40001\",\"remote\":\"192.0.2.7:443\",\
+             \"remote_name\":\"www.example.com\",\"pid\":100,\"comm\":\"curl\",\"exe\":\"/usr/bin/curl\",\
+             \"uid\":0,\"cgroup\":\"/system.slice/cron.service\",\"unit\":\"cron.service\",\"netns\":1,\
+             \"rx_bytes\":500000,\"tx_bytes\":1000,\"rtt_us\":12345,\"retransmits\":1,\"duration_ms\":0,\
+             \"attribution\":\"kernel\"}\n"
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_is_left_out() {
+        let mut view = view();
+        (view.program, view.remote_name) = (None, None);
+        (view.report.owner.quality, view.report.started, view.report.direction) = (0, 0, 0);
+        let line = written(&Line::Connection { what: What::Connect, connection: view });
+        for field in [
+            "pid",
+            "comm",
+            "exe",
+            "uid",
+            "cgroup",
+            "remote_name",
+            "rx_bytes",
+            "duration_ms",
+            "direction",
+            "null",
+        ] {
+            assert!(!line.contains(&format!("\"{field}\"")), "{field}: {line}");
+        }
+        assert!(line.contains("\"attribution\":\"none\""), "{line}");
+    }
+}

@@ -329,7 +329,6 @@ fn offsets() -> Result<Offsets> {
         mnt_parent: field("mount", "mnt_parent")?,
         mnt_mountpoint: field("mount", "mnt_mountpoint")?,
         socket_sk: field("socket", "sk")?,
-        kind: field("sock", "sk_type")?,
         regs_call: call,
         regs_second: second,
         regs_fifth: fifth,

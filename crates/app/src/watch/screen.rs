@@ -278,7 +278,13 @@ impl Screen {
             group @ (Group::Process | Group::Remote | Group::Container) => grouped(group, single),
         };
         rows.sort_by(|a, b| {
-            self.sort.compare(a, b).then_with(|| a.name.cmp(&b.name)).then_with(|| a.remote.cmp(&b.remote))
+            // Rows that are alike stand by their sockets, or they would change places at each look.
+            let socket = |row: &Row| row.key.map(|key| key.cookie);
+            self.sort
+                .compare(a, b)
+                .then_with(|| a.name.cmp(&b.name))
+                .then_with(|| a.remote.cmp(&b.remote))
+                .then_with(|| socket(a).cmp(&socket(b)))
         });
         if self.reversed {
             rows.reverse();
