@@ -2,7 +2,9 @@
 //! A function's measurements are in the module of its name; `report` is what they
 //! share: samples, medians, the page in docs/benchmarks/ and its plots.
 
+mod dnsguard;
 mod load;
+mod packet;
 mod peers;
 mod plot;
 mod relay;
@@ -28,6 +30,10 @@ enum Bench {
     Watch(watch::Args),
     /// Local connections with and without the shortcut, and over Unix sockets
     Shortcut(shortcut::Args),
+    /// The packet library beside C and network-types
+    Packet(packet::Args),
+    /// dnsguard beside bare programs, nft and iptables
+    Dnsguard(dnsguard::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,6 +43,8 @@ fn main() -> anyhow::Result<()> {
         Bench::Relay(args) => relay::run(&args),
         Bench::Watch(args) => watch::run(&args),
         Bench::Shortcut(args) => shortcut::run(&args),
+        Bench::Packet(args) => packet::run(&args),
+        Bench::Dnsguard(args) => dnsguard::run(&args),
     }
 }
 

@@ -90,6 +90,9 @@ pub struct Settings {
     /// The first word of the hash of a resolver's address, chosen so that each has
     /// a slot of its own in `resolvers`.
     pub hash_seed: u64,
+    /// The length of a tick of the kernel's clock, in nanoseconds. 0: it is not known,
+    /// and the clock is read, which takes longer than all the rest.
+    pub tick_ns: u64,
     /// How long a learned hop limit counts, in nanoseconds.
     pub ttl_remember_ns: u64,
     /// How long an answer is remembered for `duplicate`, in nanoseconds.
@@ -161,14 +164,14 @@ pub mod layer {
 }
 
 /// The bogus addresses of an exported object: ascending ranges that do not overlap,
-/// both ends included, an address as a big-endian number.
+/// both ends included; an address is a number of two words, the higher first.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Range {
     /// The lowest address.
-    pub first: [u8; 16],
+    pub first: [u64; 2],
     /// The highest.
-    pub last: [u8; 16],
+    pub last: [u64; 2],
 }
 
 /// One CPU's counters.
@@ -197,7 +200,7 @@ pub struct Counters {
 pub struct Learned {
     /// The resolver.
     pub address: [u8; 16],
-    /// When it was last seen, in nanoseconds of CLOCK_MONOTONIC.
+    /// When it was last seen, in nanoseconds of a clock that starts anywhere.
     pub at: u64,
     /// How many trusted answers in a row have shown it, within the tolerance.
     pub answers: u32,
@@ -213,7 +216,7 @@ pub struct Answered {
     pub key: u64,
     /// A hash of what was answered.
     pub answer: u64,
-    /// When, in nanoseconds of CLOCK_MONOTONIC.
+    /// When, in nanoseconds of a clock that starts anywhere.
     pub at: u64,
 }
 
@@ -288,7 +291,7 @@ pub mod hook {
 }
 
 crate::pod!(
-    Settings = 6408,
+    Settings = 6416,
     Resolver = 24,
     Pattern = 24,
     Range = 32,
@@ -305,6 +308,7 @@ impl Settings {
         flags: 0,
         enabled: 0,
         hash_seed: 0,
+        tick_ns: 0,
         ttl_remember_ns: 0,
         duplicate_window_ns: 0,
         ttl_tolerance: 0,
@@ -325,6 +329,11 @@ impl Resolver {
 impl Pattern {
     /// No pattern.
     pub const EMPTY: Self = Self { offset: 0, layer: 0, length: 0, padding: 0, bytes: [0; 8], mask: [0; 8] };
+}
+
+impl Range {
+    /// No range.
+    pub const EMPTY: Self = Self { first: [0; 2], last: [0; 2] };
 }
 
 impl Learned {

@@ -14,6 +14,8 @@ pub const RELAY: &[u8] = object!("relay");
 pub const MUX: &[u8] = object!("mux");
 /// The packet library alone, for its tests and benchmarks.
 pub const PACKET: &[u8] = object!("packet");
+/// The same on another library, to measure beside it.
+pub const PACKET_PEER: &[u8] = object!("packet_peer");
 /// watch's programs.
 pub const WATCH: &[u8] = object!("watch");
 /// watch's programs for what passes through an interface.
@@ -38,3 +40,5 @@ pub(crate) fn refusal(error: ProgramError) -> anyhow::Error {
         None => io_error.into(),
     }
 }
+/// dnsguard for other loaders.
+pub const DNSGUARD_EXPORT: &[u8] = object!("dnsguard_export");

@@ -32,10 +32,7 @@ impl Folder {
     /// # Errors
     /// [`Error::Unable`] where a bpffs is missing and cannot be mounted.
     pub fn create(function: &str, key: &str) -> Result<Self> {
-        let root = match find() {
-            Some(root) => root,
-            None => mount()?,
-        };
+        let root = mounted()?;
         let folder = Self::at(&root, function, key);
         if let Err(error) = fs::create_dir_all(&folder.path) {
             if error.kind() == io::ErrorKind::PermissionDenied {
@@ -137,6 +134,14 @@ pub fn namespace() -> Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     let metadata = fs::metadata("/proc/thread-self/ns/net").context("cannot tell the network namespace")?;
     Ok(metadata.ino())
+}
+
+/// Where a bpffs is mounted; mounts one if there is none.
+///
+/// # Errors
+/// [`Error::Unable`] where that is refused.
+pub fn mounted() -> Result<PathBuf> {
+    find().map_or_else(mount, Ok)
 }
 
 /// A mounted bpffs: the usual one, else whichever is mounted.

@@ -269,9 +269,10 @@ fn pointer<const N: usize>(data: usize, data_end: usize, at: usize) -> Result<*m
     Ok(core::ptr::with_exposed_provenance_mut(start))
 }
 
-/// `at`, which is the same after two XORs with the same value.
+/// `at`, which is the same after two XORs with the same value: one that the verifier
+/// does not know.
 #[inline(always)]
-fn forget(at: usize, unknown: u32) -> usize {
+pub fn forget(at: usize, unknown: u32) -> usize {
     let mut at = at;
     // SAFETY: arithmetic on registers.
     unsafe {

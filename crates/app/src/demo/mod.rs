@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::{
+    dnsguard,
     error::{Error, Result},
     relay, shortcut, watch,
 };
@@ -31,6 +32,8 @@ enum Name {
     Shortcut,
     /// Processes that talk, each named with its bytes
     Watch,
+    /// Forged DNS answers, without the guard and with it
+    Dnsguard,
 }
 
 /// What a scene showed.
@@ -108,6 +111,7 @@ fn play(name: Name, quiet: bool) -> Result<Scene> {
         Name::Relay => relay::scene(&progress("relay")),
         Name::Shortcut => shortcut::scene(&progress("shortcut")),
         Name::Watch => watch::scene(&progress("watch")),
+        Name::Dnsguard => dnsguard::scene(&progress("dnsguard")),
     }
     .map_err(|error| Error::Failed(error.context(format!("the scene {name:?} broke off"))))
 }

@@ -174,8 +174,10 @@ pub(super) fn load(rules: &Rules, folder: Option<&Folder>) -> Result<Ebpf> {
         nix::sys::resource::RLIM_INFINITY,
         nix::sys::resource::RLIM_INFINITY,
     );
+    let mut settings = rules.settings.clone();
+    settings.tick_ns = tick_ns();
     let mut loader = EbpfLoader::new();
-    loader.override_global("SETTINGS", &*rules.settings, true);
+    loader.override_global("SETTINGS", &*settings, true);
     if let Some(folder) = folder {
         for map in KEPT {
             loader.map_pin_path(map, folder.pin(map));
@@ -200,6 +202,13 @@ pub(super) fn load(rules: &Rules, folder: Option<&Folder>) -> Result<Ebpf> {
             .with_context(|| format!("cannot put {network} on the list of bogus addresses"))?;
     }
     Ok(ebpf)
+}
+
+/// The length of a tick of this kernel's clock in nanoseconds; 0 if it does not tell.
+fn tick_ns() -> u64 {
+    // The coarse clocks move with the ticks, and so that is their resolution.
+    let tick = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    tick.map_or(0, |tick| u64::try_from(tick.tv_nsec()).unwrap_or(0))
 }
 
 /// A network with its address mapped into IPv6.

@@ -5,6 +5,9 @@
 
 mod attach;
 mod check;
+mod demo;
+mod doctor;
+mod export;
 pub mod forgery;
 mod memory;
 mod rules;
@@ -44,6 +47,8 @@ enum Verb {
     },
     /// The same verdicts on a capture, without privileges
     Check(check::Args),
+    /// An object with the settings in it, that `ip link set dev IFACE xdp obj FILE` loads
+    Export(export::Args),
 }
 
 /// Arguments of `underpass dnsguard attach`.
@@ -84,6 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Verb::Detach { interface } => attach::detach(interface),
         Verb::Show { json } => show::show(*json),
         Verb::Check(args) => check::check(&args.file, &args.rules.rules()?, args.json),
+        Verb::Export(args) => export::export(args),
     }
 }
 
@@ -95,4 +101,8 @@ pub fn open(rules: &Rules) -> Result<aya::Ebpf> {
     attach::load(rules, None)
 }
 
-pub(crate) use self::attach::{down, status};
+pub(crate) use self::{
+    attach::{down, status},
+    demo::scene,
+    doctor::doctor,
+};

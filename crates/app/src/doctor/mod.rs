@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::{
+    dnsguard,
     error::{Error, Result},
     relay, shortcut, watch,
 };
@@ -53,7 +54,7 @@ pub struct Check {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let functions = vec![relay::doctor(), shortcut::doctor(), watch::doctor()];
+    let functions = vec![relay::doctor(), dnsguard::doctor(), shortcut::doctor(), watch::doctor()];
     let report = Report { kernel: kernel()?, host: host::checks(), functions };
     let mut out = std::io::stdout().lock();
     if args.json {

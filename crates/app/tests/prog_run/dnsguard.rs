@@ -19,7 +19,7 @@ use underpass::{
 use underpass_abi::dnsguard::{Class, Counters, rule, settings_flag};
 use underpass_logic::{
     dnsguard::{judge, note_query},
-    packet::{Packet as _, ip::Ip, udp::Datagram},
+    packet::{ip::Ip, udp::Datagram},
 };
 
 use crate::run::{load, load_programs, run};

@@ -101,7 +101,13 @@ const MAX_DNS_PACKET: u32 = 1522;
 
 #[inline(always)]
 fn memory() -> Maps {
-    Maps { queries: &QUERIES, answered: &ANSWERED, learned: &LEARNED, is_bogus }
+    Maps {
+        tick_ns: settings!(SETTINGS).tick_ns,
+        queries: &QUERIES,
+        answered: &ANSWERED,
+        learned: &LEARNED,
+        is_bogus,
+    }
 }
 
 #[inline(always)]

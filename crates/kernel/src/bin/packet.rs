@@ -7,6 +7,7 @@ use aya_ebpf::{
         TC_ACT_OK, TC_ACT_SHOT,
         xdp_action::{XDP_DROP, XDP_PASS},
     },
+    helpers::generated::bpf_redirect,
     macros::{classifier, map, xdp},
     maps::Array,
     programs::{TcContext, XdpContext},
@@ -48,6 +49,37 @@ pub fn packet_port_tc(ctx: TcContext) -> i32 {
         Ok(()) => TC_ACT_OK,
         Err(_) => TC_ACT_SHOT,
     }
+}
+
+/// Nothing but the verdict: what running a program costs at all.
+#[xdp]
+pub fn packet_bare_pass_xdp(_ctx: XdpContext) -> u32 {
+    XDP_PASS
+}
+
+/// Nothing but the verdict: what running a program costs at all.
+#[xdp]
+pub fn packet_bare_drop_xdp(_ctx: XdpContext) -> u32 {
+    XDP_DROP
+}
+
+/// Nothing but the verdict: what running a program costs at all.
+#[classifier]
+pub fn packet_bare_tc(_ctx: TcContext) -> i32 {
+    TC_ACT_OK
+}
+
+#[unsafe(no_mangle)]
+static TARGET: u32 = 0;
+
+/// Sends each packet out by the interface TARGET: what makes a stream of packets of one,
+/// run on live frames.
+#[xdp]
+pub fn packet_send_xdp(_ctx: XdpContext) -> u32 {
+    // SAFETY: the static is initialised; the volatile read keeps the loader's value.
+    let target = unsafe { core::ptr::read_volatile(&raw const TARGET) };
+    // SAFETY: no pointers.
+    unsafe { bpf_redirect(target, 0) as u32 }
 }
 
 #[inline(always)]

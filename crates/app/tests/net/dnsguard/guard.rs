@@ -174,3 +174,35 @@ fn a_down_interface_is_guarded_with_a_warning() {
     let said = lab.guard(&[]);
     assert!(said.contains("warning: eth0 is down"), "{said}");
 }
+
+#[test]
+fn iproute2_loads_an_exported_object() {
+    let (lab, folder, _servers) = lab();
+    let object = folder.path().join("guard.o");
+    let rules = folder.path().join("rules.toml");
+    std::fs::write(&rules, format!("[rules.bogus-address]\naddresses = [{:?}, \"10.0.0.0/8\"]\n", FORGED[1]))
+        .unwrap();
+    let export = lab
+        .output(Command::new(UNDERPASS).args(["dnsguard", "export"]).arg(&object).arg("--rules").arg(&rules));
+    assert!(export.status.success(), "{}", text(&export));
+    for (mode, shown) in [("xdp", "xdp "), ("xdpgeneric", "xdpgeneric ")] {
+        let link = |args: &[&std::ffi::OsStr]| {
+            let output = lab.output(Command::new("ip").args(["link", "set", "dev", "eth0", mode]).args(args));
+            assert!(output.status.success(), "{mode}: {}", text(&output));
+        };
+        link(&["obj".as_ref(), object.as_os_str()]);
+        assert!(lab.run(Command::new("ip").args(["link", "show", "eth0"])).contains(shown));
+        for injector in INJECTORS {
+            lab.wire.inject(&[injector]);
+            assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0], "{mode}: {}", injector.name);
+            // Its address is on the list.
+            assert_eq!(
+                lab.dig(GOOGLE[1], &["www.example.org", "AAAA"]),
+                TRUTH[1],
+                "{mode}: {}",
+                injector.name
+            );
+        }
+        link(&["off".as_ref()]);
+    }
+}
