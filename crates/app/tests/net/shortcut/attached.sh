@@ -34,7 +34,7 @@ until_accelerated() {
 [ "$(wc -l <"$folder/out")" -eq 2 ] || fail "attach does not say it in two lines"
 "$underpass" status | grep '^shortcut.*helper process' >/dev/null || fail "status does not show it"
 
-start 200; join
+start 3000; join
 [ "$(figure accelerated)" = 1 ] || fail "the connection was not accelerated"
 "$underpass" shortcut show --metrics | grep '^underpass_shortcut_redirected_bytes_total{' >/dev/null || fail "no metrics"
 
