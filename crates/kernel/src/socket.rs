@@ -9,10 +9,9 @@ use aya_ebpf::{
 
 /// The most that `bpf_skb_adjust_room` cuts off at once is 0xfff bytes.
 const TRIM_STEP: u32 = 4000;
-/// Enough for any segment of 64 KiB, twice over. Only BIG TCP (Linux 5.19, off unless
-/// configured) makes longer ones; steps for those, too, cost 6.12's verifier 430,000
-/// instructions.
-const TRIM_STEPS: u32 = 33;
+/// TCP merges what waits to be read into segments of up to 17 pages of 32 KiB
+/// (MAX_SKB_FRAGS): 557,056 bytes.
+const TRIM_STEPS: u32 = 140;
 
 /// The number that names the segment's socket for its whole life.
 #[inline(always)]
@@ -96,7 +95,7 @@ pub fn member(sockets: &'static SockHash<u64>, cookie: u64, field: &'static TcpF
 /// Cuts `count` bytes off the segment's front.
 ///
 /// # Errors
-/// Where the kernel refuses, or for more than 129 KiB.
+/// Where the kernel refuses, or for more than 560,000 bytes.
 #[inline(always)]
 pub fn trim(ctx: &SkBuffContext, count: u32) -> Result<(), i64> {
     let mut left = count;
