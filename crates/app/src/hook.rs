@@ -22,7 +22,7 @@ use aya::{
     },
 };
 use futures_util::TryStreamExt as _;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkXdp};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkXdp};
 
 use crate::{
     error::{Error, Result},
@@ -111,6 +111,10 @@ pub struct Interface {
     pub index: u32,
     /// Whether it is set up.
     pub up: bool,
+    /// What kind of virtual interface it is, if it is one: `veth`, `bridge` and so on.
+    pub virtual_kind: Option<String>,
+    /// Whether its packets have an Ethernet header.
+    pub ethernet: bool,
     /// The identifiers of the XDP programs on it.
     xdp: Vec<u32>,
 }
@@ -153,11 +157,23 @@ impl Interface {
             name: String::new(),
             index: message.header.index,
             up: message.header.flags.contains(LinkFlags::Up),
+            virtual_kind: (message.header.link_layer_type == LinkLayerType::Loopback)
+                .then(|| "loopback".into()),
+            ethernet: matches!(
+                message.header.link_layer_type,
+                LinkLayerType::Ether | LinkLayerType::Loopback
+            ),
             xdp: vec![],
         };
         for attribute in message.attributes {
             if let LinkAttribute::IfName(name) = attribute {
                 interface.name = name;
+            } else if let LinkAttribute::LinkInfo(infos) = attribute {
+                let kind = infos.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+                interface.virtual_kind = kind.or(interface.virtual_kind);
             } else if let LinkAttribute::Xdp(xdp) = attribute {
                 for entry in xdp {
                     if let LinkXdp::ProgId(id)

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::{dnsguard, error::Result, relay, shortcut};
+use crate::{dnsguard, error::Result, mux, relay, shortcut};
 
 /// Arguments of `underpass status`.
 #[derive(Debug, clap::Args)]
@@ -44,6 +44,7 @@ pub(crate) fn status(args: &Args) -> Result<()> {
     items.extend(relay::status()?);
     items.extend(dnsguard::status()?);
     items.extend(shortcut::status()?);
+    items.extend(mux::status()?);
     let mut out = std::io::stdout().lock();
     let printed = if args.json { print_json(&mut out, items) } else { print(&mut out, &items) };
     Ok(printed.context("cannot print the status")?)
@@ -54,6 +55,7 @@ pub(crate) fn down() -> Result<()> {
     let mut removed = vec![];
     removed.extend(dnsguard::down()?);
     removed.extend(shortcut::down()?);
+    removed.extend(mux::down()?);
     let mut out = std::io::stdout().lock();
     for line in &removed {
         writeln!(out, "{line}").context("cannot print what was removed")?;

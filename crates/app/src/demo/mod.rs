@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::{
     dnsguard,
     error::{Error, Result},
-    relay, shortcut, watch,
+    mux, relay, shortcut, watch,
 };
 
 /// Arguments of `underpass demo`.
@@ -30,6 +30,8 @@ enum Name {
     Relay,
     /// Exchanges between two local ends, by TCP and by the shortcut
     Shortcut,
+    /// One UDP port whose datagrams go to three services by a tag
+    Mux,
     /// Processes that talk, each named with its bytes
     Watch,
     /// Forged DNS answers, without the guard and with it
@@ -110,6 +112,7 @@ fn play(name: Name, quiet: bool) -> Result<Scene> {
     match name {
         Name::Relay => relay::scene(&progress("relay")),
         Name::Shortcut => shortcut::scene(&progress("shortcut")),
+        Name::Mux => mux::scene(&progress("mux")),
         Name::Watch => watch::scene(&progress("watch")),
         Name::Dnsguard => dnsguard::scene(&progress("dnsguard")),
     }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     dnsguard,
     error::{Error, Result},
-    relay, shortcut, watch,
+    mux, relay, shortcut, watch,
 };
 
 /// Arguments of `underpass doctor`.
@@ -54,7 +54,8 @@ pub struct Check {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let functions = vec![relay::doctor(), dnsguard::doctor(), shortcut::doctor(), watch::doctor()];
+    let functions =
+        vec![relay::doctor(), mux::doctor(), dnsguard::doctor(), shortcut::doctor(), watch::doctor()];
     let report = Report { kernel: kernel()?, host: host::checks(), functions };
     let mut out = std::io::stdout().lock();
     if args.json {

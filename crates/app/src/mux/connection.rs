@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::{Value, json};
 use tokio::io::unix::AsyncFd;
 use tracing::info;
 use underpass_logic::mux::{Decision, Opening};
@@ -319,6 +320,20 @@ impl Taker for Connections {
             }
             look @ (Look::Decided(_) | Look::Left | Look::Wait) => self.act(client, look),
         }
+    }
+
+    fn describe(&self) -> Value {
+        json!({
+            "per": "connection",
+            "path": self.engine.choice.word(),
+            "counts": self.counts.describe(),
+            "routes": self.by_route.describe(),
+            "default": self.to_default.load(Relaxed),
+            "no_route": self.no_route.load(Relaxed),
+            "silent": self.silent.load(Relaxed),
+            "left": self.left.load(Relaxed),
+            "undecided": self.undecided.load(Relaxed),
+        })
     }
 
     fn log(&self) {

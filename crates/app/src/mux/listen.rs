@@ -12,32 +12,32 @@ use std::{
 };
 
 use anyhow::Context as _;
+use serde_json::Value;
 use tokio::{
     io::unix::AsyncFd,
     runtime::Builder,
     signal::unix::{SignalKind, signal},
     time::MissedTickBehavior,
 };
-use tracing::info;
-use underpass_logic::mux::{
-    frame::Frame,
-    table::{self, Misfit},
-};
+use tracing::{info, warn};
+use underpass_logic::mux::{frame::Frame, table};
 
 use super::{
     connection::{self, Connections},
     message::{self, Invalid, Messages, Plan, WhenFull},
-    route::{self, Lengths, Match, Route},
+    route::{self, Lengths, Route},
 };
 use crate::{
     address::{HostPort, Listen},
     error::{Error, Result},
+    live,
     relay::{
         engine::Engine,
         report::Counts,
         serve::{Refusals, listen, raise_descriptor_limit, readable},
         settings::{PathArg, time},
     },
+    status::Item,
 };
 
 /// How often the summary is logged.
@@ -201,6 +201,32 @@ pub(super) trait Taker {
     fn most(&self) -> usize;
     fn take(self: &Arc<Self>, client: TcpStream, peer: SocketAddr);
     fn log(&self);
+    /// What `underpass status` shows.
+    fn describe(&self) -> Value;
+}
+
+/// The `mux listen` that run.
+pub(super) fn status() -> Result<Vec<Item>> {
+    let text = |told: &Value, key: &str| told[key].as_str().unwrap_or_default().to_owned();
+    let item = |running: live::Running| match running.told {
+        Ok(told) => Item {
+            function: "mux",
+            on: text(&told, "listen"),
+            path: text(&told, "path"),
+            why: format!("pid {}, {} open, by {}", running.pid, told["counts"]["open"], text(&told, "per")),
+            works: true,
+            details: Some(told),
+        },
+        Err(error) => Item {
+            function: "mux",
+            on: format!("pid {}", running.pid),
+            path: String::new(),
+            why: format!("{error:#}"),
+            works: false,
+            details: None,
+        },
+    };
+    Ok(live::ask("mux")?.into_iter().map(item).collect())
 }
 
 /// Accepts until the process is told to stop, then gives connections their grace.
@@ -209,10 +235,24 @@ async fn serve<T: Taker>(args: &Args, listener: TcpListener, taker: &Arc<T>) -> 
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut summary = tokio::time::interval_at(tokio::time::Instant::now() + SUMMARY, SUMMARY);
     summary.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let address = listener.local_addr().context("no local address")?;
     let listener = readable(listener).context("cannot watch the listener")?;
     let mut refusals = Refusals::default();
+    let status = live::answer("mux", async || {
+        let mut told = taker.describe();
+        told["listen"] = address.to_string().into();
+        told
+    });
+    let mut status = std::pin::pin!(status);
+    let mut listed = true;
     loop {
         tokio::select! {
+            // It only ever ends with an error, and the rest works without.
+            result = &mut status, if listed => {
+                listed = false;
+                let why = result.err().unwrap_or_else(|| anyhow::anyhow!("ended"));
+                warn!("not listed by `underpass status`: {why:#}");
+            }
             result = accept(&listener, taker, &mut refusals) => result.context("cannot accept")?,
             _ = summary.tick(), if !args.log_connections => taker.log(),
             _ = interrupt.recv() => break,
@@ -278,7 +318,7 @@ fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
     }
     route::check_within(routes, *lengths.end() as usize, "a message")?;
     let mut table = Box::new(table::EMPTY);
-    build(&mut table, routes, |index, _| index as u16)?;
+    route::build(&mut table, routes, |index, _| (index as u16, index as u16))?;
     let mut backends: Vec<HostPort> = routes.iter().map(|route| route.target.clone()).collect();
     let default = args.default.is_some().then_some(backends.len());
     backends.extend(args.default.clone());
@@ -295,45 +335,6 @@ fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
     })
 }
 
-/// Puts routes by tags into a table.
-///
-/// # Errors
-/// Names the route that does not fit.
-pub(super) fn build<T>(
-    table: &mut underpass_abi::mux::Table,
-    routes: &[Route<T>],
-    port: impl Fn(usize, &T) -> u16 + Copy,
-) -> Result<()> {
-    let mut entries = vec![];
-    for (index, route) in routes.iter().enumerate() {
-        let Match::Bytes { offset, bytes } = &route.matches else {
-            return Err(Error::Usage(format!(
-                "--route '{}': '{}' is decided on the first bytes of a TCP connection; here it takes '@OFFSET:BYTES'",
-                route.text, route.matches
-            )));
-        };
-        let port = port(index, &route.target);
-        entries.push(table::Route { offset: *offset, tag: bytes, port, counter: index as u16 });
-    }
-    table::build(table, entries.into_iter()).map_err(|(index, misfit)| {
-        let text = routes.get(index).map_or("", |route| &route.text);
-        Error::Usage(format!("--route '{text}': {}", explain(misfit)))
-    })
-}
-
-fn explain(misfit: Misfit) -> impl fmt::Display {
-    use underpass_abi::mux::{MAX_ROUTES, MAX_SHAPES, MAX_TAG};
-    match misfit {
-        Misfit::Routes => format!("there are more than {MAX_ROUTES} routes"),
-        Misfit::Shapes => format!(
-            "its tag's place is one too many: all routes together may have {MAX_SHAPES} different pairs of offset \
-             and length"
-        ),
-        Misfit::Tag => format!("a tag has 1 to {MAX_TAG} bytes and ends within 65535 bytes"),
-        Misfit::Twice => "another route has the same tag at the same place".to_owned(),
-    }
-}
-
 /// Counts by route, for the summary.
 #[derive(Debug)]
 pub(super) struct ByRoute(Vec<(String, AtomicU64)>);
@@ -347,6 +348,13 @@ impl ByRoute {
         if let Some((_, count)) = self.0.get(index) {
             count.fetch_add(1, Relaxed);
         }
+    }
+}
+
+impl ByRoute {
+    /// The same for programs.
+    pub(super) fn describe(&self) -> Value {
+        self.0.iter().map(|(text, count)| (text.clone(), Value::from(count.load(Relaxed)))).collect()
     }
 }
 

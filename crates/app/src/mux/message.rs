@@ -25,6 +25,7 @@ use std::{
     time::Duration,
 };
 
+use serde_json::{Value, json};
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream, task::JoinHandle, time::Instant};
 use underpass_abi::mux::Table;
@@ -212,6 +213,18 @@ impl Taker for Messages {
 
     fn take(self: &Arc<Self>, client: std::net::TcpStream, peer: SocketAddr) {
         tokio::spawn(Arc::clone(self).serve(client, peer));
+    }
+
+    fn describe(&self) -> Value {
+        let tally: Value = self
+            .total
+            .named()
+            .into_iter()
+            .map(|(name, count)| (name.to_owned(), Value::from(count)))
+            .collect();
+        json!({
+            "per": "message", "path": "copy", "counts": self.counts.describe(), "finished connections": tally
+        })
     }
 
     fn log(&self) {

@@ -2,7 +2,11 @@
 
 use std::{fmt, ops::RangeInclusive, str::FromStr};
 
-use underpass_logic::mux::{Matcher, Opening, Pattern, Verdict};
+use underpass_abi::mux::{MAX_ROUTES, MAX_SHAPES, MAX_TAG, Table};
+use underpass_logic::mux::{
+    Matcher, Opening, Pattern, Verdict,
+    table::{self, Misfit},
+};
 
 use crate::error::{Error, Result};
 
@@ -273,6 +277,45 @@ pub fn check_within<T>(routes: &[Route<T>], longest: usize, what: &str) -> Resul
         }
     }
     Ok(())
+}
+
+/// Puts routes by tags into a table, in their order. `values` gives the port and the
+/// counter of each.
+///
+/// # Errors
+/// Names the route that does not fit.
+pub fn build<T>(
+    table: &mut Table,
+    routes: &[Route<T>],
+    values: impl Fn(usize, &Route<T>) -> (u16, u16),
+) -> Result<()> {
+    let mut entries = vec![];
+    for (index, route) in routes.iter().enumerate() {
+        let Match::Bytes { offset, bytes } = &route.matches else {
+            return Err(Error::Usage(format!(
+                "--route '{}': '{}' is decided on the first bytes of a TCP connection; here it takes '@OFFSET:BYTES'",
+                route.text, route.matches
+            )));
+        };
+        let (port, counter) = values(index, route);
+        entries.push(table::Route { offset: *offset, tag: bytes, port, counter });
+    }
+    table::build(table, entries.into_iter()).map_err(|(index, misfit)| {
+        let text = routes.get(index).map_or("", |route| &route.text);
+        Error::Usage(format!("--route '{text}': {}", explain(misfit)))
+    })
+}
+
+fn explain(misfit: Misfit) -> String {
+    match misfit {
+        Misfit::Routes => format!("there are more than {MAX_ROUTES} routes"),
+        Misfit::Shapes => format!(
+            "the place of its tag is one too many: all routes together may have {MAX_SHAPES} different pairs of \
+             offset and length"
+        ),
+        Misfit::Tag => format!("a tag has 1 to {MAX_TAG} bytes and ends within 65535 bytes"),
+        Misfit::Twice => "another route has the same tag at the same place".to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ impl Choice {
         }
     }
 
-    fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Auto { .. } => "auto",
             Self::Kernel => "kernel",

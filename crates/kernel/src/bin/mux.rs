@@ -13,7 +13,7 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, PerCpuArray},
     programs::{TcContext, XdpContext},
 };
-use underpass_abi::mux::{Flow, SpokenTo, Table, counter};
+use underpass_abi::mux::{Attachment, Flow, SpokenTo, Table, counter};
 use underpass_kernel::packet::{TcPacket, XdpPacket};
 use underpass_logic::{
     mux::datagram::{Arrival, arrival, flow_in, flow_out, flow_quoted},
@@ -43,6 +43,10 @@ static FLOWS: LruHashMap<Flow, SpokenTo> = LruHashMap::with_max_entries(65_536, 
 /// What happened to how many datagrams.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
+
+/// For the user side alone: what `show` and `status` need to know.
+#[map]
+static ATTACHMENT: Array<Attachment> = Array::with_max_entries(1, 0);
 
 #[xdp]
 pub fn mux_xdp(ctx: XdpContext) -> u32 {

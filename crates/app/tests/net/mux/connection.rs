@@ -4,14 +4,13 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
-    path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use underpass::lab::Namespace;
 
-use super::{host, listen, output, service};
+use super::{Folder, host, listen, output, service};
 use crate::kit::{Daemon, PATIENCE, connect, eventually, expect_end};
 
 /// Says something in pieces, finishes, and returns what came back.
@@ -246,35 +245,6 @@ fn a_client_that_leaves_early_and_a_target_that_is_not_there_are_counted() {
     mux.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(mux.wait().success());
     assert!(mux.line("decisions").contains("left=1"));
-}
-
-/// A folder that is removed with everything in it.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("underpass-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        // sshd wants to be the only one who may write on the way to its keys.
-        std::os::unix::fs::chown(&path, Some(0), Some(0)).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, name: &str, text: &str) -> String {
-        let path = self.0.join(name);
-        fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 fn run(command: &mut Command) {

@@ -1,12 +1,15 @@
 //! The multiplexer, in each of its forms.
 
 mod connection;
+mod datagram;
 mod message;
 mod refusals;
 
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
     process::Command,
     thread,
 };
@@ -54,4 +57,33 @@ fn answer(mut stream: TcpStream, name: &str) {
 fn output(host: &Namespace, command: &mut Command) -> String {
     let output = host.enter(|| command.output()).unwrap();
     String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+/// A folder that is removed with everything in it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("underpass-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        // sshd wants to be the only one who may write on the way to its keys.
+        std::os::unix::fs::chown(&path, Some(0), Some(0)).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, name: &str, text: &str) -> String {
+        let path = self.0.join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
