@@ -43,11 +43,19 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Enough to accept as fast as 32 clients connect.
 const ACCEPTORS: usize = 32;
 
+/// What the server has read and counted.
+#[derive(Debug, Default)]
+struct Sunk {
+    bytes: AtomicU64,
+    /// Connections that may still bring some.
+    open: AtomicU64,
+}
+
 /// A server in a namespace; it ends when dropped.
 #[derive(Debug)]
 pub struct Server {
     listener: Arc<TcpListener>,
-    sunk: Arc<AtomicU64>,
+    sunk: Arc<Sunk>,
     acceptors: Vec<JoinHandle<()>>,
 }
 
@@ -62,7 +70,7 @@ impl Server {
             listener.bind(&at.into()).with_context(|| format!("cannot bind {at}"))?;
             listener.listen(4096)?;
             let listener = Arc::new(TcpListener::from(listener));
-            let sunk = Arc::new(AtomicU64::new(0));
+            let sunk = Arc::new(Sunk::default());
             let acceptors = (0..ACCEPTORS)
                 .map(|_| {
                     let (listener, sunk) = (Arc::clone(&listener), Arc::clone(&sunk));
@@ -74,7 +82,18 @@ impl Server {
     }
 
     fn sunk(&self) -> u64 {
-        self.sunk.load(Ordering::Relaxed)
+        self.sunk.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all that was sent has arrived, so that what is measured next does
+    /// not pay for it.
+    fn drained(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.sunk.open.load(Ordering::Relaxed) > 0 {
+            ensure!(Instant::now() < deadline, "a bulk stream's end did not arrive");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 }
 
@@ -88,7 +107,7 @@ impl Drop for Server {
     }
 }
 
-fn accept(listener: &TcpListener, sunk: &Arc<AtomicU64>) {
+fn accept(listener: &TcpListener, sunk: &Arc<Sunk>) {
     while let Ok((mut stream, _)) = listener.accept() {
         let mut request = [0; SHORT];
         // A client that leaves without a word was only looking whether somebody listens.
@@ -115,11 +134,13 @@ fn send_back(mut stream: TcpStream) {
     }
 }
 
-fn sink(mut stream: TcpStream, sunk: &AtomicU64) {
+fn sink(mut stream: TcpStream, sunk: &Sunk) {
+    sunk.open.fetch_add(1, Ordering::Relaxed);
     let mut buffer = vec![0; CHUNK];
     while let Ok(n @ 1..) = stream.read(&mut buffer) {
-        sunk.fetch_add(n as u64, Ordering::Relaxed);
+        sunk.bytes.fetch_add(n as u64, Ordering::Relaxed);
     }
+    sunk.open.fetch_sub(1, Ordering::Relaxed);
 }
 
 /// Clients in a namespace that talk to `to`: the server or a relay before it.
@@ -163,6 +184,7 @@ impl Clients<'_> {
             let (bytes, cpu) = (server.sunk() - bytes, cpu_seconds()? - cpu);
             let seconds = start.elapsed().as_secs_f64();
             senders.stop()?;
+            server.drained()?;
             ensure!(bytes > 0, "not a byte arrived");
             let gib = bytes as f64 / (1u64 << 30) as f64;
             Ok(Bulk { gbit_per_s: bytes as f64 * 8.0 / seconds / 1e9, cpu_s_per_gib: cpu / gib })
@@ -228,6 +250,7 @@ impl Clients<'_> {
             })?;
             let rate = (server.sunk() - bytes) as f64 * 8.0 / start.elapsed().as_secs_f64() / 1e9;
             senders.stop()?;
+            server.drained()?;
             Ok((times.concat(), rate))
         })
     }

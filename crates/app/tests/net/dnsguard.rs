@@ -214,7 +214,7 @@ trait SpawnIn {
 impl SpawnIn for Command {
     fn spawn_in(&mut self, host: &Namespace) -> Child {
         host.spawn(self)
-            .unwrap_or_else(|error| panic!("{:?}: {error}; run ./dev setup test", self.get_program()))
+            .unwrap_or_else(|error| panic!("{}: {error}; run ./dev setup test", self.get_program().display()))
     }
 }
 

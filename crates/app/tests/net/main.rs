@@ -1,4 +1,6 @@
 //! End to end, in private network namespaces, with the real binary. Needs root.
+#![allow(clippy::print_stdout, reason = "what a test prints is its report")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod dnsguard;
 mod doctor;

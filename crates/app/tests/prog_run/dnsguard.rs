@@ -462,14 +462,14 @@ fn a_dry_run_counts_and_drops_nothing() {
 
 #[test]
 fn any_guards_whoever_answers() {
-    for family in 0..2 {
+    for (family, stranger) in STRANGER.into_iter().enumerate() {
         let mut rules = Rules::new(&[Guarded::Any], None).unwrap();
         rules.settings.flags |= settings_flag::ANY;
         let mut guard = Guard::with(Hook::Xdp, "", |own| *own = rules);
         let one = Injector { flags: 0x8580, ..HONEST };
-        guard.passes(&reply(family, STRANGER[family], 1, &one), &["authoritative"]);
+        guard.passes(&reply(family, stranger, 1, &one), &["authoritative"]);
         guard.drops(
-            &reply(family, STRANGER[family], 2, &Injector { full_name: true, ..one }),
+            &reply(family, stranger, 2, &Injector { full_name: true, ..one }),
             &["authoritative", "full-name"],
         );
     }

@@ -2,7 +2,6 @@
 //! ways, on each CPU for itself. Nothing is told packet by packet unless asked for.
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
 
 use aya_ebpf::{
     bindings::{BPF_RB_NO_WAKEUP, TC_ACT_UNSPEC},
