@@ -169,9 +169,8 @@ impl Interface {
             if let LinkAttribute::IfName(name) = attribute {
                 interface.name = name;
             } else if let LinkAttribute::LinkInfo(infos) = attribute {
-                let kind = infos.into_iter().find_map(|info| match info {
-                    LinkInfo::Kind(kind) => Some(kind.to_string()),
-                    _ => None,
+                let kind = infos.into_iter().find_map(|info| {
+                    if let LinkInfo::Kind(kind) = info { Some(kind.to_string()) } else { None }
                 });
                 interface.virtual_kind = kind.or(interface.virtual_kind);
             } else if let LinkAttribute::Xdp(xdp) = attribute {

@@ -291,7 +291,7 @@ pub fn put_table(ebpf: &mut Ebpf, plan: &Plan, before: Option<&Table>) -> Result
         wait_for_programs();
     }
     let mut tables: Array<_, Table> = map(ebpf, "TABLES")?.try_into().context("TABLES is no array")?;
-    tables.set(next, &*table, 0).context("cannot write the routes")?;
+    tables.set(next, table.as_ref(), 0).context("cannot write the routes")?;
     clear_counters(ebpf, &table, before)?;
     active = map(ebpf, "ACTIVE")?.try_into().context("ACTIVE is no array")?;
     active.set(0, next, 0).context("cannot switch to the new routes")?;

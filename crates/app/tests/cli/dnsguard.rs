@@ -251,7 +251,8 @@ fn an_exported_object_has_its_settings_in_it() {
     assert!(object.windows(16).any(|window| window == mapped));
     assert!(object.windows(5).any(|window| window == b"prog\0"));
     let bogus = folder.path().join("rules.toml");
-    let many: String = (0..600).map(|n| format!("\"10.0.{}.{}\",", n / 100, n % 100 * 2)).collect();
+    let many: Vec<_> = (0..600).map(|n| format!("\"10.0.{}.{}\"", n / 100, n % 100 * 2)).collect();
+    let many = many.join(",");
     fs::write(&bogus, format!("[rules.bogus-address]\naddresses = [{many}]\n")).unwrap();
     let output = underpass(&["export", path.to_str().unwrap(), "--rules", bogus.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(2));

@@ -44,7 +44,11 @@ fn parse(ctx: &XdpContext) -> Option<()> {
             // SAFETY: as above.
             (EthHdr::LEN + Ipv6Hdr::LEN, unsafe { (*ip).next_hdr })
         }
-        _ => return None,
+        EtherType::Loop
+        | EtherType::Arp
+        | EtherType::FibreChannel
+        | EtherType::Infiniband
+        | EtherType::LoopbackIeee8023 => return None,
     };
     if !matches!(protocol, IpProto::Udp) {
         return None;

@@ -152,7 +152,9 @@ fn tags_reach_their_services_and_replies_come_from_where_the_client_sent_to() {
             if !offload {
                 hosts.without_offloads();
             }
-            [5001, 5002, 5003].iter().for_each(|port| service(&hosts.host, *port));
+            for port in [5001, 5002, 5003] {
+                service(&hosts.host, port);
+            }
             let attached = Attached::new(&hosts.host, &[&ANCESTOR[..], &["--hook", hook]].concat());
             for six in [false, true] {
                 let socket = client(&hosts.client, (host_address(1, six), 5000));
@@ -270,7 +272,9 @@ fn the_hook_is_chosen_with_a_reason() {
 #[test]
 fn routes_change_live_and_the_rest_is_passed_dropped_or_sent_on() {
     let hosts = Hosts::new();
-    [5000, 5001, 5002, 5009].iter().for_each(|port| service(&hosts.host, *port));
+    for port in [5000, 5001, 5002, 5009] {
+        service(&hosts.host, port);
+    }
     let socket = client(&hosts.client, (host_address(1, false), 5000));
     let attached = Attached::new(&hosts.host, &["--port", "5000", "--route", "@0:a=5001"]);
     assert_eq!(ask(&socket, b"a"), 5001);
