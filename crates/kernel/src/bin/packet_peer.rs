@@ -44,11 +44,7 @@ fn parse(ctx: &XdpContext) -> Option<()> {
             // SAFETY: as above.
             (EthHdr::LEN + Ipv6Hdr::LEN, unsafe { (*ip).next_hdr })
         }
-        EtherType::Loop
-        | EtherType::Arp
-        | EtherType::FibreChannel
-        | EtherType::Infiniband
-        | EtherType::LoopbackIeee8023 => return None,
+        _ => return None,
     };
     if !matches!(protocol, IpProto::Udp) {
         return None;
