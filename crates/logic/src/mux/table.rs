@@ -272,8 +272,11 @@ fn bucket(hash: u64) -> usize {
 fn hash(seed: u64, tag: [u64; 2], shape: u16) -> u64 {
     let mut hash = seed ^ u64::from(shape);
     for half in tag {
-        hash = (hash ^ half).wrapping_mul(0x9fb2_1c65_1e98_df25);
-        hash ^= hash >> 29;
+        hash ^= half;
+        // A short tag lies in the upper bits, which a multiplication does not bring down.
+        hash ^= hash >> 32;
+        hash = hash.wrapping_mul(0x9fb2_1c65_1e98_df25);
     }
+    hash ^= hash >> 29;
     hash
 }

@@ -285,6 +285,28 @@ fn a_full_table_finds_all_it_holds() {
 }
 
 #[test]
+fn tags_that_count_up_fill_a_table_in_one_place_whatever_their_length() {
+    for (length, radix) in [(2, 40), (3, 16), (4, 10), (8, 10), (9, 10), (16, 10)] {
+        for offset in [0, 20] {
+            let digits = |mut value: u32| {
+                let mut tag = vec![b'0'; length];
+                for digit in tag.iter_mut().rev() {
+                    *digit = b'0' + (value % radix) as u8;
+                    value /= radix;
+                }
+                (offset, tag)
+            };
+            let routes: Vec<_> = (0..1024).map(digits).collect();
+            let table = table(&routes).unwrap_or_else(|why| panic!("{length} digits of {radix}: {why:?}"));
+            for (index, (_, tag)) in routes.iter().enumerate() {
+                let payload = [&vec![b'-'; usize::from(offset)][..], tag].concat();
+                assert_eq!(table::find_in(&table, &payload).map(|slot| slot.port), Some(index as u16));
+            }
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_a_table_is_named() {
     let tag = |i: usize| (0, format!("{i:05}").into_bytes());
     let tags = |count| (0..count).map(tag).collect::<Vec<_>>();
