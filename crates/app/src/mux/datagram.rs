@@ -166,9 +166,9 @@ mod tests {
             let said = plan(routes).unwrap_err().to_string();
             assert!(said.contains(reason), "{said}");
         }
-        let many: Vec<String> = (0..33).map(|offset| format!("@{offset}:{offset}x=1")).collect();
+        let many: Vec<String> = (0..33).map(|offset| format!("@{offset}:t{offset}=1")).collect();
         let said = Plan::new(1, &many, Default::Drop, None).unwrap_err().to_string();
-        assert!(said.contains("@32:32x=1") && said.contains("32 different pairs"), "{said}");
+        assert!(said.contains("@32:t32=1") && said.contains("32 different pairs"), "{said}");
         let lengths = Some("..=22".parse().unwrap());
         let said = Plan::new(1, &["@20:600=1".to_owned()], Default::Drop, lengths).unwrap_err().to_string();
         assert!(said.contains("ends at 23") || said.contains("end at 23"), "{said}");
