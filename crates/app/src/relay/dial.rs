@@ -140,6 +140,10 @@ fn explain(error: &SocksError, to: &HostPort) -> String {
             format!("does not speak SOCKS5: its answer begins with byte {version}, not 5")
         }
         SocksError::Io(error) => format!("broke off: {error}"),
+        SocksError::Other(other) => match other.chain().find_map(|cause| cause.downcast_ref::<io::Error>()) {
+            Some(error) => format!("broke off: {error}"),
+            None => format!("answered with something that is not SOCKS5: {other}"),
+        },
         other => format!("answered with something that is not SOCKS5: {other}"),
     }
 }

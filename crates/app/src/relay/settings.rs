@@ -28,8 +28,9 @@ pub struct Args {
     pair: bool,
     /// Reach the target through this SOCKS5 proxy, which also resolves its name
     /// (password: the environment's UNDERPASS_PROXY_PASSWORD, or --via-password-file)
-    #[arg(long, value_name = "socks5://[USER@]HOST:PORT", requires = "to")]
-    via: Option<Proxy>,
+    // Parsed later: clap repeats a value that it refuses, and that may be a password.
+    #[arg(long, value_name = "socks5://[USER@]HOST:PORT", requires = "to", conflicts_with = "pair")]
+    via: Option<String>,
     /// The first line of this file is the proxy's password
     #[arg(long, value_name = "FILE", requires = "via")]
     via_password_file: Option<PathBuf>,
@@ -123,7 +124,7 @@ impl Args {
             None => To::Pair,
             Some(address) => {
                 let password = self.via_password_file;
-                let via = self.via.map(|proxy| proxy.with_password(password)).transpose()?;
+                let via = self.via.map(|proxy| proxy_of(&proxy)?.with_password(password)).transpose()?;
                 To::Target(Target { address, via })
             }
         };
@@ -138,6 +139,10 @@ impl Args {
             log_connections: self.log_connections,
         })
     }
+}
+
+fn proxy_of(text: &str) -> Result<Proxy> {
+    text.parse().map_err(|error| Error::Usage(format!("--via: {error}")))
 }
 
 impl Proxy {

@@ -356,9 +356,23 @@ impl Stream {
             let (head, tail) = got.split_at(expected.len());
             if head != expected {
                 let wrong = head.iter().zip(expected).take_while(|(a, b)| a == b).count();
-                panic!("byte {} of a stream is not the one that was sent", before + wrong as u64);
+                let at = before + wrong as u64;
+                panic!("byte {at} of a stream is not the one that was sent: {}", self.place(&head[wrong..]));
             }
             got = tail;
+        }
+    }
+
+    /// Where bytes are from that came instead of the next ones.
+    fn place(&self, got: &[u8]) -> String {
+        let (ring, got) = (Self::ring(), &got[..got.len().min(64)]);
+        match ring.windows(got.len()).position(|bytes| bytes == got) {
+            Some(at) => {
+                let origin = (self.at + ring.len() - (self.count % ring.len() as u64) as usize) % ring.len();
+                let at = (at + ring.len() - origin) % ring.len();
+                format!("it is byte {at} or one {} later", ring.len())
+            }
+            None => "it is of another stream, or of none".into(),
         }
     }
 

@@ -5,6 +5,7 @@ mod families;
 mod hazards;
 mod limits;
 mod pair;
+mod socks;
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
