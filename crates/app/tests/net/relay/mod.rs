@@ -1,5 +1,6 @@
 //! The relay, end to end: client - relay - server.
 
+mod auto;
 mod backpressure;
 mod families;
 mod hazards;
