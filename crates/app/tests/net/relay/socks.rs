@@ -53,7 +53,7 @@ impl Proxy {
         let names = format!("127.0.0.1 localhost\n{ip} {NAME}\n");
         let passwd = fs::read_to_string("/etc/passwd").unwrap();
         let shadow = fs::read_to_string("/etc/shadow").unwrap();
-        let mut script = String::new();
+        let mut steps = vec![];
         for (name, text) in [
             ("hosts", names),
             // Nobody to ask: what the file does not know is unknown at once.
@@ -61,9 +61,9 @@ impl Proxy {
             ("passwd", format!("{passwd}{USER}:x:64999:65534::/nonexistent:/bin/false\n")),
             ("shadow", format!("{shadow}{USER}:{SHADOW}:19000:0:99999:7:::\n")),
         ] {
-            script += &format!("mount --bind {} /etc/{name} && ", write(&folder, name, &text));
+            steps.push(format!("mount --bind {} /etc/{name}", write(&folder, name, &text)));
         }
-        script += &match server {
+        steps.push(match server {
             Server::Dante => {
                 let method = if login { "username" } else { "none" };
                 let config = format!(
@@ -81,12 +81,12 @@ impl Proxy {
                 let login = if login { format!(" -u {USER} -P {SECRET}") } else { String::new() };
                 format!("exec microsocks -i {ip} -p {port}{login}")
             }
-        };
+        });
         let mut command = Command::new("unshare");
         let daemon = Daemon::start(
             &hosts.server,
             command
-                .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", &script])
+                .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", &steps.join(" && ")])
                 .stdout(Stdio::null()),
         );
         let address = SocketAddr::new(ip, port);
