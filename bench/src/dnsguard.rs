@@ -26,20 +26,9 @@ use underpass::{
 use underpass_abi::dnsguard::{Class, Counters};
 
 use crate::{
-    packet::{Subject, load},
-    report::{Measure, Report, Table, rounds, say},
+    packet::{self, Subject, load},
+    report::{Args, Measure, Report, Table, rounds, say},
 };
-
-/// Arguments of `./dev bench dnsguard`.
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    /// Fewer and shorter rounds, for a first look
-    #[arg(long)]
-    quick: bool,
-    /// Measure and print, but leave docs/benchmarks/ as it is
-    #[arg(long)]
-    dry_run: bool,
-}
 
 const PPS: &str = "dropped a second, million";
 
@@ -59,8 +48,7 @@ pub fn run(args: &Args) -> Result<()> {
         tables,
         findings,
     };
-    report.print()?;
-    if args.dry_run { Ok(()) } else { report.write() }
+    report.publish(args)
 }
 
 /// The guard by the rules that are its default.
@@ -73,9 +61,6 @@ fn guard(label: &'static str, program: &'static str) -> Result<Subject> {
 
 fn times(args: &Args) -> Result<Vec<Table>> {
     let packets = packets();
-    let measures: Vec<_> = packets.iter().map(|(name, _)| Measure::lower(*name)).collect();
-    let note = "Mean nanoseconds a packet of many runs; the median of the rounds, in brackets as a multiple of \
-                the bare program.";
     let xdp = [
         Subject::load("bare XDP_PASS", object::PACKET, "packet_bare_pass_xdp")?,
         Subject::load("bare XDP_DROP", object::PACKET, "packet_bare_drop_xdp")?,
@@ -85,20 +70,10 @@ fn times(args: &Args) -> Result<Vec<Table>> {
         Subject::load("bare TC_ACT_OK", object::PACKET, "packet_bare_tc")?,
         guard("dnsguard, TC", "dnsguard_tc")?,
     ];
-    let mut tables = vec![
-        Table::new("XDP, ns a packet", note, measures.clone()).base("bare XDP_PASS"),
-        Table::new("TC, ns a packet", note, measures).base("bare TC_ACT_OK"),
-    ];
-    let (n, repeat) = if args.quick { (3, 200_000) } else { (11, 1_000_000) };
-    for (subjects, table) in [&xdp[..], &tc[..]].into_iter().zip(&mut tables) {
-        rounds(n, subjects, |subject| {
-            for (name, packet) in &packets {
-                table.add(subject.label, name, subject.time(packet, repeat)?.0);
-            }
-            Ok(())
-        })?;
-    }
-    Ok(tables)
+    Ok(vec![
+        packet::time("XDP, ns a packet", "bare XDP_PASS", &xdp, &packets, args)?,
+        packet::time("TC, ns a packet", "bare TC_ACT_OK", &tc, &packets, args)?,
+    ])
 }
 
 fn findings(tables: &[Table]) -> Vec<String> {

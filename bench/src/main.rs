@@ -27,13 +27,13 @@ enum Bench {
     /// The relay's paths beside haproxy, nginx stream, socat and realm
     Relay(relay::Args),
     /// What watching costs, beside bpftrace, tcplife and events per packet
-    Watch(watch::Args),
+    Watch(report::Args),
     /// Local connections with and without the shortcut, and over Unix sockets
-    Shortcut(shortcut::Args),
+    Shortcut(report::Args),
     /// The packet library beside C and network-types
-    Packet(packet::Args),
+    Packet(report::Args),
     /// dnsguard beside bare programs, nft and iptables
-    Dnsguard(dnsguard::Args),
+    Dnsguard(report::Args),
 }
 
 fn main() -> anyhow::Result<()> {

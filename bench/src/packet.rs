@@ -10,18 +10,7 @@ use aya::{
 };
 use underpass::{dnsguard::forgery::query, object};
 
-use crate::report::{Measure, Report, Table, rounds, say};
-
-/// Arguments of `./dev bench packet`.
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    /// Fewer and shorter rounds, for a first look
-    #[arg(long)]
-    quick: bool,
-    /// Measure and print, but leave docs/benchmarks/ as it is
-    #[arg(long)]
-    dry_run: bool,
-}
+use crate::report::{Args, Measure, Report, Table, rounds, say};
 
 /// A program among others, by what it stands for.
 pub struct Subject {
@@ -63,6 +52,24 @@ impl Subject {
     }
 }
 
+/// The packets that programs are run on, by what they are.
+pub type Packets = [(&'static str, Vec<u8>)];
+
+/// What each subject takes for each packet, in rounds.
+pub fn time(title: &str, base: &str, subjects: &[Subject], packets: &Packets, args: &Args) -> Result<Table> {
+    let (n, repeat) = if args.quick { (3, 200_000) } else { (15, 1_000_000) };
+    let note = format!("Mean nanoseconds a packet of {repeat} runs; the median of {n} rounds.");
+    let measures = packets.iter().map(|(name, _)| Measure::lower(*name)).collect();
+    let mut table = Table::new(title, note, measures).base(base);
+    rounds(n, subjects, |subject| {
+        for (name, packet) in packets {
+            table.add(subject.label, name, subject.time(packet, repeat)?.0);
+        }
+        Ok(())
+    })?;
+    Ok(table)
+}
+
 /// Loads one program of an open object.
 pub fn load(object: &mut Ebpf, name: &str) -> Result<()> {
     let program = object.program_mut(name).with_context(|| format!("the object has no {name}"))?;
@@ -88,21 +95,10 @@ pub fn run(args: &Args) -> Result<()> {
         Subject::load("C by hand", &c, "c_pass_tc")?,
     ];
     let packets = packets();
-    let measures: Vec<_> = packets.iter().map(|(name, _)| Measure::lower(*name)).collect();
-    let note = "Mean nanoseconds a packet of a million runs; the median of the rounds.";
-    let mut tables = vec![
-        Table::new("XDP: parse to the UDP payload and pass, ns", note, measures.clone()).base("C by hand"),
-        Table::new("TC: parse to the UDP payload and pass, ns", note, measures).base("C by hand"),
+    let tables = vec![
+        time("XDP: parse to the UDP payload and pass, ns", "C by hand", &xdp, &packets, args)?,
+        time("TC: parse to the UDP payload and pass, ns", "C by hand", &tc, &packets, args)?,
     ];
-    let (n, repeat) = if args.quick { (3, 200_000) } else { (15, 1_000_000) };
-    for (subjects, table) in [&xdp[..], &tc[..]].into_iter().zip(&mut tables) {
-        rounds(n, subjects, |subject| {
-            for (name, packet) in &packets {
-                table.add(subject.label, name, subject.time(packet, repeat)?.0);
-            }
-            Ok(())
-        })?;
-    }
     let findings = findings(&tables[0], &packets);
     let report = Report {
         name: "packet",
@@ -116,11 +112,10 @@ pub fn run(args: &Args) -> Result<()> {
         tables,
         findings,
     };
-    report.print()?;
-    if args.dry_run { Ok(()) } else { report.write() }
+    report.publish(args)
 }
 
-fn findings(xdp: &Table, packets: &[(&'static str, Vec<u8>)]) -> Vec<String> {
+fn findings(xdp: &Table, packets: &Packets) -> Vec<String> {
     let mut findings = vec![];
     for (name, _) in packets {
         let (Some(ours), Some(c)) = (xdp.median("underpass", name), xdp.median("C by hand", name)) else {

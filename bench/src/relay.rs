@@ -13,21 +13,17 @@ use underpass::lab::Namespace;
 use crate::{
     load::{Clients, Hog, Server},
     peers::{Running, Subject},
-    report::{Measure, Plot, Report, Table, percentile, rounds, say},
+    report::{self, Measure, Plot, Report, Table, percentile, rounds, say},
 };
 
 /// Arguments of `./dev bench relay`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Fewer and shorter rounds, for a first look
-    #[arg(long)]
-    quick: bool,
+    #[command(flatten)]
+    report: report::Args,
     /// Only these subjects, by name ("underpass auto", haproxy, ...)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Measure and print, but leave docs/benchmarks/ as it is
-    #[arg(long)]
-    dry_run: bool,
 }
 
 const BULK_1: &str = "1 stream, Gbit/s";
@@ -64,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
         .filter(|s| args.only.is_empty() || args.only.contains(&s.to_string()))
         .collect();
     anyhow::ensure!(!subjects.is_empty(), "--only names nothing that is measured");
-    let n = if args.quick { 2 } else { 5 };
+    let n = if args.report.quick { 2 } else { 5 };
     say("bulk, short connections, mixed work");
     rounds(n, &subjects, |subject| bench.throughput(subject))?;
     say("latency, relay on the CPU of client and server");
@@ -74,11 +70,11 @@ pub fn run(args: &Args) -> Result<()> {
     rounds(n, &subjects, |subject| bench.latency(subject, OTHER))?;
     drop(hog);
     say("memory, growth");
-    rounds(if args.quick { 1 } else { 3 }, &subjects, |subject| {
+    rounds(if args.report.quick { 1 } else { 3 }, &subjects, |subject| {
         bench.growth(subject);
         Ok(())
     })?;
-    bench.report(&subjects, args.dry_run)
+    bench.report(&subjects, &args.report)
 }
 
 struct Bench {
@@ -127,7 +123,7 @@ impl Bench {
             a.address(name, at_a, 24)?;
             b.address(name, at_b, 24)?;
         }
-        let time = Duration::from_millis(if args.quick { 500 } else { 1500 });
+        let time = Duration::from_millis(if args.report.quick { 500 } else { 1500 });
         let base = Subject::Direct.to_string();
         let table = |title: &str, note: &str, measures: &[Measure]| {
             Table::new(title, note, measures.to_vec()).base(base.clone())
@@ -279,7 +275,7 @@ impl Bench {
         Ok(())
     }
 
-    fn report(self, subjects: &[Subject], dry_run: bool) -> Result<()> {
+    fn report(self, subjects: &[Subject], args: &report::Args) -> Result<()> {
         let mut tables = vec![self.bulk, self.latency, self.short, self.mixed, self.memory];
         for table in &mut tables {
             let with_direct = table.base.is_some();
@@ -295,8 +291,7 @@ impl Bench {
             findings: findings(&tables, subjects),
             tables,
         };
-        report.print()?;
-        if dry_run { Ok(()) } else { report.write() }
+        report.publish(args)
     }
 }
 

@@ -17,6 +17,17 @@ use anyhow::{Context as _, Result};
 
 use crate::plot;
 
+/// What every benchmark can be told.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Fewer and shorter rounds, for a first look
+    #[arg(long)]
+    pub quick: bool,
+    /// Measure and print, but leave docs/benchmarks/ as it is
+    #[arg(long)]
+    dry_run: bool,
+}
+
 /// Which way a measure is good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Better {
@@ -171,11 +182,16 @@ pub struct Report {
 }
 
 impl Report {
-    /// Prints the tables and the findings.
+    /// Prints the tables and the findings, and writes the page unless it is not wanted.
     ///
     /// # Errors
-    /// Where standard output is closed.
-    pub fn print(&self) -> Result<()> {
+    /// Where standard output is closed or docs/benchmarks/ cannot be written.
+    pub fn publish(&self, args: &Args) -> Result<()> {
+        self.print()?;
+        if args.dry_run { Ok(()) } else { self.write() }
+    }
+
+    fn print(&self) -> Result<()> {
         let mut out = std::io::stdout().lock();
         let tables: Vec<_> = self.tables.iter().map(Table::markdown).collect();
         writeln!(out, "{}", tables.join("\n")).context("cannot print the tables")?;
@@ -186,10 +202,7 @@ impl Report {
     }
 
     /// Writes the page with its plots.
-    ///
-    /// # Errors
-    /// Where docs/benchmarks/ cannot be written.
-    pub fn write(&self) -> Result<()> {
+    fn write(&self) -> Result<()> {
         let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/benchmarks"));
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let mut page = format!("# {}\n\n{}\n\n", self.title, self.introduction.trim());

@@ -26,18 +26,7 @@ use underpass::{
 };
 use underpass_abi::shortcut::HABIT_BLOCKS;
 
-use crate::report::{Measure, Report, Table, number, percentile, rounds, say};
-
-/// Arguments of `./dev bench shortcut`.
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    /// Fewer and shorter rounds, for a first look
-    #[arg(long)]
-    quick: bool,
-    /// Measure and print, but leave docs/benchmarks/ as it is
-    #[arg(long)]
-    dry_run: bool,
-}
+use crate::report::{Args, Measure, Report, Table, number, percentile, rounds, say};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Subject {
@@ -84,7 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
     let servers = bench.servers()?;
     rounds(n, &SUBJECTS, |subject| bench.programs(*subject))?;
     drop(servers);
-    bench.report(args.dry_run)
+    bench.report(args)
 }
 
 fn size(bytes: usize) -> String {
@@ -275,7 +264,7 @@ impl Bench {
         bail!("nothing listens on port {port} after: {command}")
     }
 
-    fn report(&self, dry_run: bool) -> Result<()> {
+    fn report(&self, args: &Args) -> Result<()> {
         let tables =
             vec![self.polls.clone(), self.waits.clone(), self.streams.clone(), self.programs.clone()];
         let report = Report {
@@ -285,8 +274,7 @@ impl Bench {
             findings: tables.iter().flat_map(findings).collect(),
             tables,
         };
-        report.print()?;
-        if dry_run { Ok(()) } else { report.write() }
+        report.publish(args)
     }
 }
 

@@ -22,19 +22,8 @@ use underpass::lab::Namespace;
 
 use crate::{
     load::{Clients, Server},
-    report::{Measure, Report, Table, rounds, say},
+    report::{Args, Measure, Report, Table, rounds, say},
 };
-
-/// Arguments of `./dev bench watch`.
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    /// Fewer and shorter rounds, for a first look
-    #[arg(long)]
-    quick: bool,
-    /// Measure and print, but leave docs/benchmarks/ as it is
-    #[arg(long)]
-    dry_run: bool,
-}
 
 /// Who watches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
     rounds(if args.quick { 2 } else { 7 }, &watchers, |watcher| bench.load(*watcher))?;
     say("open connections");
     bench.open()?;
-    bench.report(args.dry_run)
+    bench.report(args)
 }
 
 struct Bench {
@@ -191,7 +180,7 @@ impl Bench {
         Ok(())
     }
 
-    fn report(self, dry_run: bool) -> Result<()> {
+    fn report(self, args: &Args) -> Result<()> {
         let mut findings = vec![];
         let (nobody, us) = (Watcher::Nobody.to_string(), Watcher::Underpass.to_string());
         for measure in &self.cost.measures {
@@ -215,8 +204,7 @@ impl Bench {
             findings,
             tables: vec![self.cost, self.own, self.open],
         };
-        report.print()?;
-        if dry_run { Ok(()) } else { report.write() }
+        report.publish(args)
     }
 }
 

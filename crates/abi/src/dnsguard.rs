@@ -242,52 +242,16 @@ pub struct Sample {
     pub message: [u8; SAMPLE_BYTES],
 }
 
-/// What `show` and `status` need to know of an attachment and the kernel does not.
+/// What `show` needs to know of the rules in force, for the user side alone.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct Attachment {
-    /// When, in seconds since 1970.
-    pub since: u64,
-    /// The network namespace, by inode.
-    pub namespace: u64,
-    /// The interface's number.
-    pub interface: u32,
-    /// Of [`hook`].
-    pub hook: u32,
-    /// Of [`attachment_flag`].
-    pub flags: u32,
+pub struct Policy {
     /// Mask of the rules that are on.
     pub enabled: u32,
-    /// The interface's name at that time, ended by zeros.
-    pub name: [u8; 16],
-    /// Why this hook, ended by zeros.
-    pub reason: [u8; 192],
+    /// 1: nothing is dropped.
+    pub dry_run: u32,
     /// The names of the byte-pattern rules, each ended by zeros.
     pub patterns: [[u8; 32]; MAX_PATTERNS],
-}
-
-/// Bits of [`Attachment::flags`].
-pub mod attachment_flag {
-    /// It drops nothing.
-    pub const DRY_RUN: u32 = 1 << 0;
-    /// In TC by a netlink filter, as the kernel has no TCX links.
-    pub const FILTER: u32 = 1 << 1;
-    /// Queries are seen leaving, for `no-edns`.
-    pub const EGRESS: u32 = 1 << 2;
-    /// The clsact qdisc was not there before.
-    pub const QDISC: u32 = 1 << 3;
-    /// Queries are seen by a netlink filter.
-    pub const EGRESS_FILTER: u32 = 1 << 4;
-}
-
-/// Where a program sits.
-pub mod hook {
-    /// Native XDP.
-    pub const XDP: u32 = 0;
-    /// Generic XDP.
-    pub const XDP_GENERIC: u32 = 1;
-    /// TC ingress.
-    pub const TC: u32 = 2;
 }
 
 crate::pod!(
@@ -299,7 +263,7 @@ crate::pod!(
     Learned = 32,
     Answered = 24,
     Sample = 568,
-    Attachment = 496,
+    Policy = 264,
 );
 
 impl Settings {

@@ -6,6 +6,7 @@
 //! a field says otherwise.
 #![no_std]
 
+pub mod attachment;
 pub mod dnsguard;
 pub mod mux;
 pub mod relay;

@@ -106,32 +106,6 @@ pub struct Flow {
 /// The port that a client spoke to. The upper bits are zero.
 pub type SpokenTo = u32;
 
-/// For the user side alone: what is attached, which the kernel does not know.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Attachment {
-    /// When, in seconds since 1970; 0 if it has not come that far.
-    pub since: u64,
-    /// The network namespace, by inode.
-    pub namespace: u64,
-    /// The interface's number.
-    pub interface: u32,
-    /// Where the program sits: 0 native XDP, 1 generic XDP, 2 TC.
-    pub hook: u32,
-    /// Whether a netlink filter holds the program at ingress, not a link.
-    pub filter: u8,
-    /// Whether a netlink filter holds the program at egress, not a link.
-    pub egress_filter: u8,
-    /// Whether the clsact qdisc was not there before.
-    pub qdisc: u8,
-    /// Zero.
-    pub reserved: [u8; 5],
-    /// The interface's name at that time, ended by zeros.
-    pub name: [u8; 16],
-    /// Why this hook, ended by zeros.
-    pub reason: [u8; 208],
-}
-
 /// Counters, one for each thing that can happen to a datagram. The first
 /// [`MAX_ROUTES`] are the routes', by [`Slot::counter`].
 pub mod counter {
@@ -162,7 +136,6 @@ pub mod counter {
 }
 
 crate::pod! {
-    Attachment = 256,
     Flow = 36,
     Shape = 24,
     Slot = 24,

@@ -54,8 +54,8 @@ pub mod flag {
     pub const KERNEL: u8 = 2;
     /// The end of the connection has been reported.
     pub const REPORTED: u8 = 4;
-    /// The addresses pass the filter, so the connection is to be reported.
-    pub const SHOWN: u8 = 8;
+    /// The end was not seen: the totals are those last read. The user side sets it.
+    pub const UNSEEN: u8 = 8;
 }
 
 /// The process that a socket belongs to, as of when it became known.
@@ -346,14 +346,16 @@ pub struct Peer {
 
 /// Indices of the per-CPU counters of what was missed.
 pub mod lost {
-    /// Records that found the ring buffer full.
-    pub const RING: u32 = 0;
+    /// Ends of connections that found the ring buffer full.
+    pub const ENDS: u32 = 0;
     /// Datagram flows that found their map full.
     pub const FLOWS: u32 = 1;
     /// Sockets for which there was no memory.
     pub const SOCKETS: u32 = 2;
+    /// Descriptions of programs and answers of name servers that found the ring full.
+    pub const NAMES: u32 = 3;
     /// How many there are.
-    pub const COUNT: u32 = 3;
+    pub const COUNT: u32 = 4;
 }
 
 /// Indices of what the user side switches while the programs run.

@@ -3,6 +3,7 @@
 //! The binary is `main.rs`; everything it does is here, so that tests can reach it.
 
 pub mod address;
+mod attachment;
 pub mod btf;
 pub mod capabilities;
 pub mod cli;

@@ -42,7 +42,7 @@ struct Report {
 pub(crate) fn status(args: &Args) -> Result<()> {
     let mut items = vec![];
     items.extend(relay::status()?);
-    items.extend(dnsguard::status()?);
+    items.extend(dnsguard::DNSGUARD.status()?);
     items.extend(shortcut::status()?);
     items.extend(mux::status()?);
     let mut out = std::io::stdout().lock();
@@ -53,9 +53,9 @@ pub(crate) fn status(args: &Args) -> Result<()> {
 /// Removes everything pinned and says what that was.
 pub(crate) fn down() -> Result<()> {
     let mut removed = vec![];
-    removed.extend(dnsguard::down()?);
+    removed.extend(dnsguard::DNSGUARD.down()?);
     removed.extend(shortcut::down()?);
-    removed.extend(mux::down()?);
+    removed.extend(mux::MUX.down()?);
     let mut out = std::io::stdout().lock();
     for line in &removed {
         writeln!(out, "{line}").context("cannot print what was removed")?;

@@ -5,7 +5,7 @@ use aya::programs::{Program, XdpMode};
 
 use super::{
     Rules,
-    attach::{EGRESS, GUARD, load},
+    attach::{DNSGUARD, load},
 };
 use crate::{
     doctor::{Check, Function},
@@ -37,7 +37,7 @@ pub(crate) fn doctor() -> Function {
         }
     };
     let mut loads = true;
-    for name in [GUARD.xdp, GUARD.tc, EGRESS] {
+    for name in [DNSGUARD.ingress.xdp, DNSGUARD.ingress.tc, DNSGUARD.egress] {
         let result = match ebpf.program_mut(name) {
             Some(Program::Xdp(program)) => program.load(),
             Some(Program::SchedClassifier(program)) => program.load(),
@@ -64,7 +64,7 @@ fn try_xdp(ebpf: &mut aya::Ebpf, mode: XdpMode) -> anyhow::Result<String> {
     here.join("doctor0", &there, "doctor0")?;
     let index = here.index("doctor0")?;
     let program: &mut aya::programs::Xdp =
-        ebpf.program_mut(GUARD.xdp).context("no XDP program")?.try_into()?;
+        ebpf.program_mut(DNSGUARD.ingress.xdp).context("no XDP program")?.try_into()?;
     let link = here.enter(|| program.attach_to_if_index(index, mode))?;
     program.detach(link)?;
     Ok("attached to a veth of its own".to_owned())

@@ -10,8 +10,11 @@ use anyhow::{Context as _, ensure};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use underpass_abi::dnsguard::{MAX_RANGES, RESOLVER_SLOTS, Range, Settings, rule};
 
-use super::{Rules, attach::say, memory::ranges};
-use crate::error::{Error, Result};
+use super::{Rules, memory::ranges};
+use crate::{
+    attachment::say,
+    error::{Error, Result},
+};
 
 /// Arguments of `underpass dnsguard export`.
 #[derive(Debug, clap::Args)]

@@ -101,8 +101,4 @@ pub fn open(rules: &Rules) -> Result<aya::Ebpf> {
     attach::load(rules, None)
 }
 
-pub(crate) use self::{
-    attach::{down, status},
-    demo::scene,
-    doctor::doctor,
-};
+pub(crate) use self::{attach::DNSGUARD, demo::scene, doctor::doctor};

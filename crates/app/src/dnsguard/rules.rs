@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -77,72 +77,29 @@ enum Operator {
     Unknown,
 }
 
-/// The public resolvers that are guarded by default.
-const WELL_KNOWN: [(Operator, &[IpAddr]); 2] = [
-    (
-        Operator::Google,
-        &[
-            v4(8, 8, 8, 8),
-            v4(8, 8, 4, 4),
-            v6([0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888]),
-            v6([0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8844]),
-        ],
-    ),
+/// The public resolvers that are guarded by default, each operator's in one text.
+const WELL_KNOWN: [(Operator, &str); 8] = [
+    (Operator::Google, "8.8.8.8 8.8.4.4 2001:4860:4860::8888 2001:4860:4860::8844"),
+    // Cloudflare, then its two filtering services.
+    (Operator::Public, "1.1.1.1 1.0.0.1 2606:4700:4700::1111 2606:4700:4700::1001"),
+    (Operator::Public, "1.1.1.2 1.0.0.2 2606:4700:4700::1112 2606:4700:4700::1002"),
+    (Operator::Public, "1.1.1.3 1.0.0.3 2606:4700:4700::1113 2606:4700:4700::1003"),
+    // Quad9, then without blocking, then with client subnets.
+    (Operator::Public, "9.9.9.9 149.112.112.112 2620:fe::fe 2620:fe::9"),
+    (Operator::Public, "9.9.9.10 149.112.112.10 2620:fe::10 2620:fe::fe:10"),
+    (Operator::Public, "9.9.9.11 149.112.112.11 2620:fe::11 2620:fe::fe:11"),
+    // OpenDNS, then AdGuard.
     (
         Operator::Public,
-        &[
-            // Cloudflare, then its two filtering services
-            v4(1, 1, 1, 1),
-            v4(1, 0, 0, 1),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1111]),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1001]),
-            v4(1, 1, 1, 2),
-            v4(1, 0, 0, 2),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1112]),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1002]),
-            v4(1, 1, 1, 3),
-            v4(1, 0, 0, 3),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1113]),
-            v6([0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1003]),
-            // Quad9, then without blocking, then with client subnets
-            v4(9, 9, 9, 9),
-            v4(149, 112, 112, 112),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0, 0xfe]),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0, 9]),
-            v4(9, 9, 9, 10),
-            v4(149, 112, 112, 10),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0, 0x10]),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0xfe, 0x10]),
-            v4(9, 9, 9, 11),
-            v4(149, 112, 112, 11),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0, 0x11]),
-            v6([0x2620, 0xfe, 0, 0, 0, 0, 0xfe, 0x11]),
-            // OpenDNS
-            v4(208, 67, 222, 222),
-            v4(208, 67, 220, 220),
-            v6([0x2620, 0x119, 0x35, 0, 0, 0, 0, 0x35]),
-            v6([0x2620, 0x119, 0x53, 0, 0, 0, 0, 0x53]),
-            // AdGuard
-            v4(94, 140, 14, 14),
-            v4(94, 140, 15, 15),
-            v6([0x2a10, 0x50c0, 0, 0, 0, 0, 0xad1, 0xff]),
-            v6([0x2a10, 0x50c0, 0, 0, 0, 0, 0xad2, 0xff]),
-        ],
+        "208.67.222.222 208.67.220.220 2620:119:35::35 2620:119:53::53
+         94.140.14.14 94.140.15.15 2a10:50c0::ad1:ff 2a10:50c0::ad2:ff",
     ),
 ];
 
-const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
-    IpAddr::V4(Ipv4Addr::new(a, b, c, d))
-}
-
-const fn v6(groups: [u16; 8]) -> IpAddr {
-    let mut bits = 0;
-    let mut at = 0;
-    while at < groups.len() {
-        bits = bits << 16 | groups[at] as u128;
-        at += 1;
-    }
-    IpAddr::V6(Ipv6Addr::from_bits(bits))
+/// The public resolvers that are guarded by default, with who runs them.
+fn well_known() -> impl Iterator<Item = (Operator, IpAddr)> {
+    let parse = |text: &str| text.parse().expect("an address");
+    WELL_KNOWN.iter().flat_map(move |(who, list)| list.split_whitespace().map(move |ip| (*who, parse(ip))))
 }
 
 /// What goes for a resolver unless the rules file says otherwise, in the order of
@@ -326,7 +283,7 @@ impl Rules {
             }
         }
         if guarded.is_empty() || any {
-            resolvers.extend(WELL_KNOWN.iter().flat_map(|(who, list)| list.iter().map(|ip| (*who, *ip))));
+            resolvers.extend(well_known());
         }
         resolvers.sort_by_key(|(_, address)| *address);
         resolvers.dedup();
@@ -370,10 +327,7 @@ pub(super) fn names_in(names: &[String], mask: u32) -> Vec<&str> {
 }
 
 fn operator(address: IpAddr) -> Operator {
-    WELL_KNOWN
-        .iter()
-        .find(|(_, list)| list.contains(&address))
-        .map_or(Operator::Unknown, |(operator, _)| *operator)
+    well_known().find(|(_, known)| *known == address).map_or(Operator::Unknown, |(operator, _)| operator)
 }
 
 fn read(path: &Path) -> Result<File> {

@@ -7,20 +7,19 @@ use std::{
 };
 
 use anyhow::Context as _;
-use aya::maps::{Array, Map, MapData, PerCpuArray};
+use aya::maps::PerCpuArray;
 use hickory_proto::op::Message;
 use serde::Serialize;
 use underpass_abi::dnsguard::{
-    Class, Counters, Learned, MAX_RULES, RESOLVER_SLOTS, RULES, SAMPLE_BYTES, SAMPLES_PER_CPU, Sample,
-    attachment_flag,
+    Class, Counters, Learned, MAX_RULES, Policy, RESOLVER_SLOTS, RULES, SAMPLE_BYTES, SAMPLES_PER_CPU, Sample,
 };
 use underpass_logic::{dnsguard::TRUSTED_ANSWERS, packet::ip::Address};
 
-use super::{
-    attach::{Found, found, text},
-    rules::names_in,
+use super::{attach::DNSGUARD, rules::names_in};
+use crate::{
+    attachment::{Found, array, pinned, text},
+    error::Result,
 };
-use crate::error::Result;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -99,7 +98,7 @@ struct Shot {
 
 pub(super) fn show(json: bool) -> Result<()> {
     let mut attached = vec![];
-    for found in found()? {
+    for found in DNSGUARD.found()? {
         attached.push(read(&found)?);
     }
     let mut out = std::io::stdout().lock();
@@ -118,12 +117,13 @@ pub(super) fn show(json: bool) -> Result<()> {
 
 fn read(found: &Found) -> Result<Shown> {
     let counters = counters(found)?;
+    let policy: Policy = array(&found.folder, "POLICY")?.get(&0, 0).context("cannot read POLICY")?;
     let mut names: Vec<String> = RULES.iter().map(|name| (*name).to_owned()).collect();
-    let patterns = found.attachment.patterns.iter().map(|name| text(name));
+    let patterns = policy.patterns.iter().map(|name| text(name));
     names.extend(patterns.take_while(|name| !name.is_empty()));
     let rules = names.iter().enumerate().map(|(bit, name)| RuleCount {
         rule: name.clone(),
-        on: found.attachment.enabled & 1 << bit != 0,
+        on: policy.enabled & 1 << bit != 0,
         hits: counters.hits[bit],
         dropped: counters.drops[bit],
     });
@@ -132,9 +132,9 @@ fn read(found: &Found) -> Result<Shown> {
         id: found.folder.key.clone(),
         hook: found.attached.hook.word(),
         why: found.attached.why.clone(),
-        works: found.is_alive()?,
-        dry_run: found.attachment.flags & attachment_flag::DRY_RUN != 0,
-        since: found.attachment.since,
+        works: found.works()?,
+        dry_run: policy.dry_run != 0,
+        since: found.since(),
         packets: Packets::from_counters(&counters),
         rules: rules.collect(),
         learned: learned(found)?,
@@ -165,15 +165,9 @@ impl Packets {
     }
 }
 
-fn open(found: &Found, name: &str) -> Result<Map> {
-    let path = found.folder.pin(name);
-    let data = MapData::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))?;
-    Ok(Map::from_map_data(data).with_context(|| format!("cannot use {}", path.display()))?)
-}
-
 fn counters(found: &Found) -> Result<Counters> {
     let map: PerCpuArray<_, Counters> =
-        open(found, "COUNTERS")?.try_into().context("COUNTERS is no per-CPU array")?;
+        pinned(&found.folder, "COUNTERS")?.try_into().context("COUNTERS is no per-CPU array")?;
     let values = map.get(&0, 0).context("cannot read COUNTERS")?;
     Ok(sum(values.iter()))
 }
@@ -197,10 +191,10 @@ pub(super) fn sum<'a>(values: impl Iterator<Item = &'a Counters>) -> Counters {
 }
 
 fn learned(found: &Found) -> Result<Vec<LearnedTtl>> {
-    let map: Array<_, Learned> = open(found, "LEARNED")?.try_into().context("LEARNED is no array")?;
+    let map = array(&found.folder, "LEARNED")?;
     let mut learned = vec![];
     for slot in 0..RESOLVER_SLOTS as u32 {
-        let entry = map.get(&slot, 0).context("cannot read LEARNED")?;
+        let entry: Learned = map.get(&slot, 0).context("cannot read LEARNED")?;
         if entry.answers > 0 {
             learned.push(LearnedTtl {
                 resolver: Address(entry.address).into(),
@@ -216,7 +210,7 @@ fn learned(found: &Found) -> Result<Vec<LearnedTtl>> {
 
 fn samples(found: &Found, names: &[String]) -> Result<Vec<Shot>> {
     let map: PerCpuArray<_, Sample> =
-        open(found, "SAMPLES")?.try_into().context("SAMPLES is no per-CPU array")?;
+        pinned(&found.folder, "SAMPLES")?.try_into().context("SAMPLES is no per-CPU array")?;
     let mut samples = vec![];
     for slot in 0..SAMPLES_PER_CPU as u32 {
         let values = map.get(&slot, 0).context("cannot read SAMPLES")?;

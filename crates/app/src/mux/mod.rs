@@ -20,7 +20,7 @@ pub mod route;
 mod show;
 
 pub(crate) use self::{
-    attach::{down, status},
+    attach::{MUX, status},
     demo::scene,
     doctor::doctor,
 };

@@ -7,11 +7,14 @@ use underpass_abi::mux::{Flow, SpokenTo, counter};
 use underpass_logic::mux::table;
 
 use super::{
-    attach::{Found, found, pinned},
+    attach::{self, MUX},
     datagram,
     route::Lengths,
 };
-use crate::error::Result;
+use crate::{
+    attachment::{Found, pinned},
+    error::Result,
+};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -77,7 +80,7 @@ struct Flows {
 
 pub(super) fn show(json: bool) -> Result<()> {
     let mut attached = vec![];
-    for found in found()? {
+    for found in MUX.found()? {
         // `underpass status` lists what is in other network namespaces, too.
         if found.is_here()? {
             attached.push(shown(&found)?);
@@ -90,7 +93,7 @@ pub(super) fn show(json: bool) -> Result<()> {
 }
 
 fn shown(found: &Found) -> Result<Shown> {
-    let table = found.table()?;
+    let table = attach::table(found)?;
     let counters: PerCpuArray<MapData, u64> =
         pinned(&found.folder, "COUNTERS")?.try_into().context("COUNTERS is no array of each CPU's")?;
     let count = |index: u32| counters.get(&index, 0).map(|values| values.iter().sum::<u64>());

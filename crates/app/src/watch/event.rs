@@ -36,18 +36,26 @@ pub enum Event {
     /// unseen.
     Swept,
     /// What the kernel side has missed since the start.
-    Lost {
-        /// Records that found the ring buffer full.
-        events: u64,
-        /// Datagrams whose flow found the map full.
-        flows: u64,
-        /// Sockets for which there was no memory.
-        sockets: u64,
-        /// Forwarded flows that made room for others before they were read.
-        passages: u64,
-        /// Packets that were not told one by one, though that was asked for.
-        packets: u64,
-    },
+    Lost(Missed),
+}
+
+/// What was missed since the start, as far as the kernel side knows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Missed {
+    /// Ends of connections that found the ring buffer full.
+    pub events: u64,
+    /// Descriptions of programs and answers of name servers that found it full.
+    pub names: u64,
+    /// State changes that the kernel did not hand over.
+    pub changes: u64,
+    /// Datagrams whose flow found the map full.
+    pub flows: u64,
+    /// Sockets for which there was no memory.
+    pub sockets: u64,
+    /// Forwarded flows that made room for others before they were read.
+    pub passages: u64,
+    /// Packets that were not told one by one, though that was asked for.
+    pub packets: u64,
 }
 
 /// Which program a process runs, and where.

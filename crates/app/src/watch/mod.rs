@@ -35,7 +35,7 @@ use tokio::{
 use underpass_abi::watch::{COMM, Filter};
 
 use self::{
-    event::{Event, Program},
+    event::{Event, Missed, Program},
     gateway::Gateway,
     output::Clock,
     programs::Programs,
@@ -187,7 +187,7 @@ struct Watch<'a> {
     state: State,
     args: &'a Args,
     clock: Clock,
-    lost: programs::Counts,
+    missed: Missed,
 }
 
 /// How often the ring is looked into where nothing fills it.
@@ -195,7 +195,7 @@ const DRAIN: Duration = Duration::from_millis(200);
 
 impl<'a> Watch<'a> {
     fn begin(programs: Programs, gateway: Option<Gateway>, args: &'a Args) -> Result<Self> {
-        let lost = programs.lost()?;
+        let missed = programs.missed()?;
         let mut watch = Self {
             terminal: None,
             programs,
@@ -204,7 +204,7 @@ impl<'a> Watch<'a> {
             state: State::default(),
             args,
             clock: Clock::now(),
-            lost,
+            missed,
         };
         for missing in &watch.programs.missing {
             tell(format_args!("missing: {missing}"));
@@ -307,14 +307,13 @@ impl<'a> Watch<'a> {
     /// Takes in the totals of what is alive.
     fn look(&mut self) -> anyhow::Result<bool> {
         self.drain()?;
-        let lost = self.programs.lost()?;
-        // A lost record may have been the end of a connection: then look at all.
-        let everything = lost != self.lost;
-        self.lost = lost;
+        let missed = self.programs.missed()?;
+        // What was missed may have been the end of a connection: then look at all.
+        let everything = missed != self.missed;
+        self.missed = missed;
         let now = output::boot_time();
-        let [events, flows, sockets] = lost;
-        let (passages, untold) = self.look_at_gateway(now)?;
-        self.state.apply(Event::Lost { events, flows, sockets, passages, packets: untold }, now);
+        let (passages, packets) = self.look_at_gateway(now)?;
+        self.state.apply(Event::Lost(Missed { passages, packets, ..missed }), now);
         for report in self.programs.tcp(everything)?.into_iter().chain(self.programs.flows(everything)?) {
             self.state.apply(Event::Alive(report), now);
         }

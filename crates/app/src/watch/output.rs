@@ -81,6 +81,8 @@ struct Json<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     attribution: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    unseen: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     lost: Option<LostJson>,
 }
 
@@ -88,6 +90,8 @@ struct Json<'a> {
 #[derive(Debug, Serialize)]
 struct LostJson {
     events: u64,
+    names: u64,
+    changes: u64,
     datagrams: u64,
     sockets: u64,
     passages: u64,
@@ -98,8 +102,9 @@ struct LostJson {
 
 impl From<Lost> for LostJson {
     fn from(lost: Lost) -> Self {
-        let Lost { events, datagrams, sockets, passages, packets, unattributed, undecoded } = lost;
-        Self { events, datagrams, sockets, passages, packets, unattributed, undecoded }
+        let Lost { events, names, changes, datagrams, sockets, passages, packets, unattributed, undecoded } =
+            lost;
+        Self { events, names, changes, datagrams, sockets, passages, packets, unattributed, undecoded }
     }
 }
 
@@ -150,6 +155,7 @@ fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
         retransmits: (report.protocol == 6 && !began).then_some(report.retransmits),
         duration_ms: duration(report).filter(|_| !began).map(|duration| duration.as_millis() as u64),
         attribution: Some(attribution(report)),
+        unseen: (what == What::Close && report.flags & flag::UNSEEN != 0).then_some(true),
         lost: None,
     }
 }
@@ -243,6 +249,9 @@ pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
         if let Some(duration) = duration(report).filter(|_| what == What::Close) {
             write!(out, " after {:.3}s", duration.as_secs_f64())?;
         }
+        if what == What::Close && report.flags & flag::UNSEEN != 0 {
+            write!(out, ", its end unseen")?;
+        }
     }
     writeln!(out)
 }
@@ -250,9 +259,11 @@ pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
 /// Everything that was missed, for people.
 pub fn lost_text(lost: Lost) -> String {
     format!(
-        "{} events, {} datagrams, {} sockets, {} passing flows, {} packets, {} undecoded; {} connections \
-         without a process",
+        "{} events, {} names, {} state changes, {} datagrams, {} sockets, {} passing flows, {} packets, \
+         {} undecoded; {} connections without a process",
         lost.events,
+        lost.names,
+        lost.changes,
         lost.datagrams,
         lost.sockets,
         lost.passages,

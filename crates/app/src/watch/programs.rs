@@ -1,7 +1,7 @@
 //! Loads and attaches the kernel programs, and reads what they hand out.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read as _},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     path::PathBuf,
@@ -15,6 +15,7 @@ use aya::{
 };
 use underpass_abi::watch::{Calls, Connection, Filter, Flow, FlowKey, Offsets, control, lost};
 
+use super::event::Missed;
 use crate::{btf, object};
 
 /// The programs at work. Dropping it detaches them.
@@ -28,13 +29,11 @@ pub struct Programs {
     live_flows: Iterator,
     seed_files: Iterator,
     seed_tcp: Iterator,
+    state_program: OwnedFd,
     /// What could not be attached here, and what is lost by it.
     pub missing: Vec<String>,
     _object: Ebpf,
 }
-
-/// What was missed so far, in the order of [`lost`].
-pub type Counts = [u64; lost::COUNT as usize];
 
 impl Programs {
     /// Loads everything and attaches it.
@@ -53,7 +52,7 @@ impl Programs {
             Btf::from_sys_fs().context("the kernel does not describe its types (CONFIG_DEBUG_INFO_BTF)")?;
         let mut missing = vec![];
 
-        tracepoint(&mut object, "watch_state", "inet_sock_set_state", &kernel)?;
+        let state_program = tracepoint(&mut object, "watch_state", "inet_sock_set_state", &kernel)?;
         for (name, point) in [("watch_send", "sock_send_length"), ("watch_receive", "sock_recv_length")] {
             if let Err(error) = tracepoint(&mut object, name, point, &kernel) {
                 missing.push(format!("{point} (Linux 6.3): UDP, raw packets and frames are not counted, and an accepted connection keeps its listener's name until it is closed ({error:#})"));
@@ -82,6 +81,7 @@ impl Programs {
             live_flows,
             seed_files,
             seed_tcp,
+            state_program,
             missing,
             _object: object,
         })
@@ -136,23 +136,39 @@ impl Programs {
     ///
     /// # Errors
     /// Where the map cannot be read.
-    pub fn lost(&self) -> Result<Counts> {
-        let mut counts = Counts::default();
-        for (index, count) in (0..).zip(&mut counts) {
-            *count = self.lost.get(&index, 0).context("cannot read the losses")?.iter().sum();
-        }
-        Ok(counts)
+    pub fn missed(&self) -> Result<Missed> {
+        let count = |index: u32| -> Result<u64> {
+            Ok(self.lost.get(&index, 0).context("cannot read the losses")?.iter().sum())
+        };
+        Ok(Missed {
+            events: count(lost::ENDS)?,
+            names: count(lost::NAMES)?,
+            changes: runs_missed(self.state_program.as_fd()),
+            flows: count(lost::FLOWS)?,
+            sockets: count(lost::SOCKETS)?,
+            passages: 0,
+            packets: 0,
+        })
     }
 }
 
-fn tracepoint(object: &mut Ebpf, name: &str, point: &str, kernel: &Btf) -> Result<()> {
+/// How often the kernel did not run a program because the CPU was in the middle of
+/// running it: a state change in softirq may interrupt another's program. The kernel
+/// tells since 5.12; before, it does not count.
+fn runs_missed(program: BorrowedFd<'_>) -> u64 {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd())).unwrap_or_default();
+    let misses = info.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+    misses.and_then(|misses| misses.trim().parse().ok()).unwrap_or(0)
+}
+
+fn tracepoint(object: &mut Ebpf, name: &str, point: &str, kernel: &Btf) -> Result<OwnedFd> {
     let program: &mut BtfTracePoint = program(object, name)?;
     program
         .load(point, kernel)
         .map_err(object::refusal)
         .with_context(|| format!("the kernel refuses {name}"))?;
     program.attach().with_context(|| format!("cannot attach {name} to {point}"))?;
-    Ok(())
+    Ok(program.fd()?.as_fd().try_clone_to_owned()?)
 }
 
 fn cgroup_programs(object: &mut Ebpf) -> Result<()> {

@@ -175,7 +175,13 @@ impl Screen {
             tx += connection.rate.1;
             open += 1;
         }
-        let missed = lost.events + lost.datagrams + lost.sockets + lost.passages + lost.undecoded;
+        let missed = lost.events
+            + lost.names
+            + lost.changes
+            + lost.datagrams
+            + lost.sockets
+            + lost.passages
+            + lost.undecoded;
         let lost = format!("lost {missed}, unattributed {}", lost.unattributed);
         let alarm =
             if missed > 0 { self.colour(Color::Red).add_modifier(Modifier::BOLD) } else { Style::new() };

@@ -11,7 +11,7 @@ use std::{
 use underpass_abi::watch::{Address, Connection, FlowKey, direction, flag, quality};
 
 use super::{
-    event::{Event, Program, key},
+    event::{Event, Missed, Program, key},
     names::Names,
 };
 
@@ -72,8 +72,13 @@ pub struct View {
 /// What was missed since the start. Nothing of it is in the other figures.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Lost {
-    /// Records that found the ring buffer full.
+    /// Ends of connections that found the ring buffer full.
     pub events: u64,
+    /// Descriptions of programs and answers of name servers that found it full.
+    pub names: u64,
+    /// State changes that came on a CPU while it was looking at another one, and that
+    /// the kernel did not hand over.
+    pub changes: u64,
     /// Datagrams that found the map of flows full.
     pub datagrams: u64,
     /// Sockets for which the kernel had no memory.
@@ -153,8 +158,18 @@ impl State {
             Event::FlowsRead => self.end_flows(now),
             Event::Swept => self.sweep(now),
             Event::Name { address, name, lives } => self.name(address, &name, lives, now),
-            Event::Lost { events, flows, sockets, passages, packets } => {
-                self.lose(Lost { events, datagrams: flows, sockets, passages, packets, ..self.lost });
+            Event::Lost(Missed { events, names, changes, flows, sockets, passages, packets }) => {
+                let datagrams = flows;
+                self.lose(Lost {
+                    events,
+                    names,
+                    changes,
+                    datagrams,
+                    sockets,
+                    passages,
+                    packets,
+                    ..self.lost
+                });
             }
         }
     }
@@ -261,7 +276,9 @@ impl State {
         if let Some(old) = self.open.insert(key, open) {
             // The socket was connected anew, and the end of its old life was missed.
             self.totals.ended += 1;
-            self.lines.push(Line::Connection { what: What::Close, connection: old.view });
+            let mut connection = old.view;
+            connection.report.flags |= flag::UNSEEN;
+            self.lines.push(Line::Connection { what: What::Close, connection });
         }
         if !waits {
             self.announce(&key);
@@ -349,9 +366,12 @@ impl State {
     }
 
     fn sweep(&mut self, now: u64) {
-        let gone: Vec<_> =
-            self.open.values().filter(|open| !open.mark).map(|open| open.view.report).collect();
-        for report in gone {
+        // What is forwarded has no end of its own that could be lost.
+        let gone = self.open.values().map(|open| (open.mark, open.view.report));
+        let gone = gone.filter(|(mark, report)| !mark && report.direction != direction::FORWARDED);
+        let gone: Vec<_> = gone.map(|(_, report)| report).collect();
+        for mut report in gone {
+            report.flags |= flag::UNSEEN;
             self.end(report, now);
         }
         self.open.values_mut().for_each(|open| open.mark = false);
@@ -515,10 +535,26 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn an_end_that_was_not_seen_says_so_and_what_is_forwarded_goes_on() {
+        let mut state = State::default();
+        let forwarded = Connection { direction: direction::FORWARDED, ..report(1, 0, b"", 1, 1) };
+        state.apply(Event::Alive(forwarded), 1);
+        state.apply(Event::Alive(report(2, 5, b"a", 7, 9)), 1);
+        state.take_lines();
+        state.apply(Event::Swept, 2);
+        state.apply(Event::Swept, 3);
+        assert_eq!(state.open().map(|(key, _)| key.cookie).collect::<Vec<_>>(), [1]);
+        let [Line::Connection { what: What::Close, connection }] = &state.take_lines()[..] else {
+            panic!("one end")
+        };
+        assert_eq!((connection.report.flags, connection.report.rx_bytes), (flag::UNSEEN, 7));
+    }
+
+    #[test]
     fn losses_are_told_once() {
         let mut state = State::default();
         for _ in 0..2 {
-            state.apply(Event::Lost { events: 3, flows: 0, sockets: 1, passages: 0, packets: 0 }, 1);
+            state.apply(Event::Lost(Missed { events: 3, sockets: 1, ..Missed::default() }), 1);
         }
         state.undecoded();
         let lines = state.take_lines();

@@ -12,4 +12,5 @@ mod shortcut;
 mod watch;
 mod watch_gateway;
 mod watch_kinds;
+mod watch_losses;
 mod watch_owners;

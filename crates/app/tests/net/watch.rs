@@ -30,7 +30,13 @@ impl Watch {
     /// The same in a network namespace.
     pub fn start_in(namespace: Option<&Namespace>, args: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_underpass"));
-        command.args(["watch", "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(["watch", "--json"]).args(args);
+        Self::start_by(namespace, command)
+    }
+
+    /// The same by a command that ends up as `underpass watch --json`.
+    pub fn start_by(namespace: Option<&Namespace>, mut command: Command) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = match namespace {
             Some(namespace) => namespace.spawn(&mut command),
             None => command.spawn(),
@@ -52,9 +58,14 @@ impl Watch {
         Self { child, lines, notes }
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
     /// Ends it and returns what it told: its lines and its notes.
     pub fn end(mut self) -> (Vec<Value>, String) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
+        self.signal(Signal::SIGINT);
         let status = self.child.wait().unwrap();
         let told = (self.lines.join().unwrap(), self.notes.join().unwrap());
         assert!(status.success(), "{status}: {}", told.1);

@@ -3,11 +3,11 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
 };
 
-use underpass::lab::Namespace;
+use underpass::{dnsguard::forgery::query, lab::Namespace};
 
 use super::watch::Watch;
 
@@ -111,4 +111,33 @@ fn each_packet_is_told_on_request() {
         .map(|line| line["tx_bytes"].as_u64().unwrap())
         .collect();
     assert_eq!(sizes, (1..=50).collect::<Vec<_>>());
+}
+
+#[test]
+fn flows_in_one_and_two_tags_are_counted() {
+    let [_client, gateway, server] = lab();
+    let watch = Watch::start_in(Some(&gateway), &["--interface", "wan", "--interval", "100ms"]);
+    let socket = server.frames("down").unwrap();
+    let six = |last: u16| IpAddr::from([0xfd09, 2, 0, 0, 0, 0, 0, last]);
+    let mut wanted = vec![];
+    for (port, tags) in [(4001, &[0x81, 0, 0, 5][..]), (4002, &[0x88, 0xa8, 0, 7, 0x81, 0, 0, 5][..])] {
+        for (from, to) in [([10, 9, 2, 2].into(), [192, 0, 2, 53].into()), (six(2), six(99))] {
+            let frame = query((from, port), to, ("www.example.org", 1), 7, false);
+            let headers = if from.is_ipv4() { 42 } else { 62 };
+            wanted.push((SocketAddr::new(from, port).to_string(), 3 * (frame.len() - headers)));
+            let mut tagged = [&frame[..12], tags, &frame[12..]].concat();
+            tagged[..6].copy_from_slice(&[0xff; 6]);
+            for _ in 0..3 {
+                socket.send(&tagged).unwrap();
+            }
+        }
+    }
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let (lines, notes) = watch.end();
+    for (remote, bytes) in wanted {
+        let line = lines.iter().rfind(|line| line["remote"] == remote && line["event"] == "traffic");
+        let line = line.unwrap_or_else(|| panic!("{remote}: {lines:#?} {notes}"));
+        assert_eq!((&line["direction"], &line["protocol"]), (&"forwarded".into(), &"udp".into()));
+        assert_eq!(line["rx_bytes"], bytes, "{line}");
+    }
 }

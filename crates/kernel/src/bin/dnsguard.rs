@@ -14,9 +14,12 @@ use aya_ebpf::{
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use underpass_abi::dnsguard::{
-    Answered, Attachment, Counters, Learned, MAX_BOGUS, MEMORY_SLOTS, RESOLVER_SLOTS, SAMPLES_PER_CPU,
-    Sample, Settings,
+use underpass_abi::{
+    attachment::Attachment,
+    dnsguard::{
+        Answered, Counters, Learned, MAX_BOGUS, MEMORY_SLOTS, Policy, RESOLVER_SLOTS, SAMPLES_PER_CPU,
+        Sample, Settings,
+    },
 };
 use underpass_kernel::{
     dnsguard::{Maps, guard, keep_sample},
@@ -52,9 +55,13 @@ static QUERIES: Array<u64, MEMORY_SLOTS> = Array::new();
 #[btf_map]
 static ANSWERED: Array<Answered, MEMORY_SLOTS> = Array::new();
 
-/// For the user side alone: what `show` and `status` need to know.
+/// For the user side alone.
 #[btf_map]
 static ATTACHMENT: Array<Attachment, 1> = Array::new();
+
+/// For the user side alone.
+#[btf_map]
+static POLICY: Array<Policy, 1> = Array::new();
 
 #[xdp]
 pub fn dnsguard_xdp(ctx: XdpContext) -> u32 {

@@ -13,7 +13,10 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, PerCpuArray},
     programs::{TcContext, XdpContext},
 };
-use underpass_abi::mux::{Attachment, Flow, SpokenTo, Table, counter};
+use underpass_abi::{
+    attachment::Attachment,
+    mux::{Flow, SpokenTo, Table, counter},
+};
 use underpass_kernel::packet::{TcPacket, XdpPacket};
 use underpass_logic::{
     mux::datagram::{Arrival, arrival, flow_in, flow_out, flow_quoted},

@@ -379,8 +379,7 @@ unsafe fn add(flow: *mut Flow, bytes: u64, sent: bool, time: u64) {
     // SAFETY: the caller's pointer is the map's value.
     unsafe {
         let counter = if sent { &raw mut (*flow).tx_bytes } else { &raw mut (*flow).rx_bytes };
-        // Rust has no atomic addition for this target; the instruction is there.
-        core::arch::asm!("lock *(u64 *)({counter} + 0) += {bytes}", counter = in(reg) counter, bytes = in(reg) bytes);
+        add_to(counter, bytes);
         (*flow).seen = time;
     }
 }
@@ -546,7 +545,7 @@ fn user_word(at: u64) -> Option<u64> {
 #[inline(always)]
 fn answer(cookie: u64, protocol: u16, received: u32) {
     let Some(at) = Call::current().and_then(|call| call.received()) else { return };
-    let Some(mut entry) = EVENTS.reserve_untyped::<Answer>(0) else { return lose(lost::RING) };
+    let Some(mut entry) = EVENTS.reserve_untyped::<Answer>(0) else { return lose(lost::NAMES) };
     let record = entry.as_mut_ptr();
     let len = if received > ANSWER as u32 { ANSWER as u32 } else { received };
     // SAFETY: the record is ours until it is submitted and as large as is said; what
@@ -596,7 +595,7 @@ fn released(ctx: &SockContext) {
     }
     let record = Released { kind: event::RELEASED, padding: 0, cookie: key.cookie, at: now() };
     if EVENTS.output_untyped::<Released>(&record, wakeup()).is_err() {
-        lose(lost::RING);
+        lose(lost::ENDS);
     }
 }
 
@@ -885,16 +884,19 @@ fn introduce(tgid: u32) {
             return;
         }
     }
-    if PROCESSES.insert(&tgid, &began, 0).is_err() {
-        lose(lost::SOCKETS);
+    // One that could not be told is told at its next use.
+    if describe(task, tgid) == TOLD && PROCESSES.insert(&tgid, &began, 0).is_err() {
+        lose(lost::NAMES);
     }
-    describe(task, tgid);
 }
+
+/// What [`describe`] gives if it has told; a function of its own gives a number.
+const TOLD: u32 = 1;
 
 #[inline(never)]
 fn describe(task: Object, tgid: u32) -> u32 {
     let Some(mut entry) = EVENTS.reserve_untyped::<Process>(0) else {
-        lose(lost::RING);
+        lose(lost::NAMES);
         return 0;
     };
     let null: Object = ptr::null();
@@ -916,7 +918,7 @@ fn describe(task: Object, tgid: u32) -> u32 {
         cgroup_path(kn, &mut (*record).cgroup_path);
     }
     entry.submit(wakeup());
-    0
+    TOLD
 }
 
 /// Writes the names of a file's path, the last first. The loop has a fixed number of
@@ -1000,7 +1002,7 @@ fn is_loopback(address: Address) -> bool {
 
 fn send(report: &Connection) {
     if EVENTS.output_untyped::<Connection>(report, wakeup()).is_err() {
-        lose(lost::RING);
+        lose(lost::ENDS);
     }
 }
 
@@ -1018,8 +1020,19 @@ fn wakeup() -> u64 {
 #[inline(always)]
 fn lose(what: u32) {
     if let Some(counter) = LOST.get_ptr_mut(what) {
+        // A program in softirq may interrupt one that is about to count.
         // SAFETY: this CPU's value.
-        unsafe { *counter += 1 };
+        unsafe { add_to(counter, 1) };
+    }
+}
+
+/// Adds to a counter, atomically. Rust has no such addition for this target; the
+/// instruction is there.
+#[inline(always)]
+unsafe fn add_to(counter: *mut u64, number: u64) {
+    // SAFETY: the caller's pointer is the map's value.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({counter} + 0) += {number}", counter = in(reg) counter, number = in(reg) number);
     }
 }
 

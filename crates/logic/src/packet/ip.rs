@@ -304,6 +304,18 @@ impl Ip {
         if is_extension(self.protocol) { Err(Unparsed::Malformed) } else { Ok(()) }
     }
 
+    /// Whether a transport header of this protocol and length is here.
+    #[inline(always)]
+    pub(super) fn transport(&self, protocol: u8, length: usize) -> Result<(), Unparsed> {
+        if self.protocol != protocol {
+            return Err(Unparsed::OtherProtocol);
+        }
+        if self.fragment == Fragment::Later {
+            return Err(Unparsed::Fragment);
+        }
+        if self.payload + length > self.end { Err(Unparsed::Short) } else { Ok(()) }
+    }
+
     /// The source address.
     ///
     /// # Errors

@@ -195,6 +195,21 @@ impl<P: PacketMut + ?Sized> PacketMut for &mut P {
     }
 }
 
+/// The `N` bytes at any `offset` behind `from`, if they are before `end`.
+#[inline(always)]
+fn bytes_before<P: Packet + ?Sized, const N: usize>(
+    packet: &P,
+    from: usize,
+    offset: usize,
+    end: usize,
+) -> Result<[u8; N], Short> {
+    if offset > usize::from(u16::MAX) {
+        return Err(Short);
+    }
+    let at = packet.forget(from + offset);
+    if at + N > end { Err(Short) } else { packet.bytes(at) }
+}
+
 /// Gives a header made of zerocopy's types its length and a way to be read.
 macro_rules! header {
     ($name:ident, $length:literal) => {

@@ -6,8 +6,8 @@ use zerocopy::{
 };
 
 use super::{
-    Packet, Short, Unparsed, header,
-    ip::{Fragment, Ip, protocol},
+    Packet, Short, Unparsed, bytes_before, header,
+    ip::{Ip, protocol},
 };
 
 /// The TCP header without options (RFC 9293, 3.1).
@@ -65,15 +65,7 @@ impl Tcp {
     /// [`Unparsed`] says what is in the way.
     #[inline(always)]
     pub fn parse<P: Packet + ?Sized>(packet: &P, ip: &Ip) -> Result<Self, Unparsed> {
-        if ip.protocol != protocol::TCP {
-            return Err(Unparsed::OtherProtocol);
-        }
-        if ip.fragment == Fragment::Later {
-            return Err(Unparsed::Fragment);
-        }
-        if ip.payload + Header::LEN > ip.end {
-            return Err(Unparsed::Short);
-        }
+        ip.transport(protocol::TCP, Header::LEN)?;
         let header = Header::read(packet, ip.payload)?;
         let length = usize::from(header.offset_reserved >> 4) * 4;
         if length < Header::LEN {
@@ -109,13 +101,6 @@ impl Tcp {
         packet: &P,
         offset: usize,
     ) -> Result<[u8; N], Short> {
-        if offset > usize::from(u16::MAX) {
-            return Err(Short);
-        }
-        let at = packet.forget(self.payload + offset);
-        if at + N > self.end {
-            return Err(Short);
-        }
-        packet.bytes(at)
+        bytes_before(packet, self.payload, offset, self.end)
     }
 }

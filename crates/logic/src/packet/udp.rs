@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned, network_endian::U16};
 
 use super::{
-    Packet, Short, Unparsed, header,
+    Packet, Short, Unparsed, bytes_before, header,
     ip::{Fragment, Ip, protocol},
 };
 
@@ -46,15 +46,7 @@ impl Udp {
     /// is malformed here.
     #[inline(always)]
     pub fn parse<P: Packet + ?Sized>(packet: &P, ip: &Ip) -> Result<Self, Unparsed> {
-        if ip.protocol != protocol::UDP {
-            return Err(Unparsed::OtherProtocol);
-        }
-        if ip.fragment == Fragment::Later {
-            return Err(Unparsed::Fragment);
-        }
-        if ip.payload + Header::LEN > ip.end {
-            return Err(Unparsed::Short);
-        }
+        ip.transport(protocol::UDP, Header::LEN)?;
         let header = Header::read(packet, ip.payload)?;
         let length = usize::from(header.length.get());
         if length < Header::LEN {
@@ -98,14 +90,7 @@ impl Udp {
         packet: &P,
         offset: usize,
     ) -> Result<[u8; N], Short> {
-        if offset > usize::from(u16::MAX) {
-            return Err(Short);
-        }
-        let at = packet.forget(self.payload_at() + offset);
-        if at + N > self.end {
-            return Err(Short);
-        }
-        packet.bytes(at)
+        bytes_before(packet, self.payload_at(), offset, self.end)
     }
 }
 
