@@ -226,6 +226,26 @@ impl Clients<'_> {
         })
     }
 
+    /// Short exchanges at a fixed total rate, by this many threads; how many a second it
+    /// came to.
+    pub fn short_paced(&self, parallel: usize, per_second: u32, time: Duration) -> Result<f64> {
+        self.enter(|| {
+            let start = Instant::now();
+            let pause = Duration::from_secs(1) * parallel as u32 / per_second;
+            let done = in_parallel(parallel, |i| {
+                let (mut due, mut done) = (start + pause * i as u32 / parallel as u32, 0_u64);
+                while due < start + time {
+                    thread::sleep(due.saturating_duration_since(Instant::now()));
+                    once(self.to).context("a short connection failed")?;
+                    done += 1;
+                    due += pause;
+                }
+                Ok(done)
+            })?;
+            Ok(done.into_iter().sum::<u64>() as f64 / start.elapsed().as_secs_f64())
+        })
+    }
+
     /// 64-byte exchanges over this many connections, a pause after each, beside bulk
     /// streams; the round-trip times in microseconds and the streams' Gbit/s.
     pub fn mixed(

@@ -4,17 +4,20 @@
 
 use std::{
     fmt, fs,
-    net::{Ipv4Addr, SocketAddr},
+    io::Read as _,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::process::CommandExt as _,
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
-        signal::{Signal, kill},
+        signal::{Signal, kill, killpg},
     },
     unistd::Pid,
 };
@@ -22,7 +25,7 @@ use underpass::lab::Namespace;
 
 use crate::{
     load::{Clients, Server},
-    report::{Args, Measure, Report, Table, rounds, say},
+    report::{Args, Measure, Report, Table, number, percentile, rounds, say},
 };
 
 /// Who watches.
@@ -34,6 +37,7 @@ enum Watcher {
     PerPacket,
     Bpftrace,
     Tcplife,
+    Bandwhich,
 }
 
 impl fmt::Display for Watcher {
@@ -41,39 +45,69 @@ impl fmt::Display for Watcher {
         f.write_str(match self {
             Self::Nobody => "unwatched",
             Self::Underpass => "underpass watch",
-            Self::PerPacket => "underpass watch --packets (TC)",
-            Self::Bpftrace => "bpftrace, the same tracepoint",
-            Self::Tcplife => "tcplife (libbpf-tools)",
+            Self::PerPacket => "an event per packet (TC)",
+            Self::Bpftrace => "bpftrace",
+            Self::Tcplife => "tcplife",
+            Self::Bandwhich => "bandwhich",
         })
     }
 }
 
-const BULK_LO: &str = "loopback, Gbit/s";
-const BULK_VETH: &str = "veth, Gbit/s";
+const BULK_LO: &str = "iperf3 on loopback, Gbit/s";
+const BULK_VETH: &str = "iperf3 over veth, Gbit/s";
 const PING: &str = "64 B there and back, veth, p50 us";
 const SHORT: &str = "connections/s, 16 at a time, veth";
 const SHORT_LO: &str = "connections/s, 16 at a time, loopback";
-const CPU_SHORT: &str = "watcher's CPU us a connection";
-const CPU_BULK: &str = "watcher's CPU ms a second of bulk";
-const IDLE: [usize; 3] = [0, 1000, 10_000];
+const WRK: &str = "wrk against nginx, requests/s";
+const WRK_CLOSE: &str = "the same, a connection each";
+const USER: &str = "user CPU ms a second";
+const SYSTEM: &str = "system CPU ms a second";
+const RATE: &str = "connections/s reached";
+const LOST: &str = "Ends lost in all rounds, at whatever rate the machine could generate";
+const OPEN: [usize; 3] = [0, 1000, 10_000];
+/// Connections a second at which the watchers' own cost is compared.
+const PACE: u32 = 10_000;
 
 const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
+const WEB: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(SERVER), 8088);
+const IPERF: u16 = 5201;
 
 pub fn run(args: &Args) -> Result<()> {
     // 10,000 connections have both their ends in this process.
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")?;
+    tracing_mounted()?;
     let mut bench = Bench::new(args)?;
-    let watchers: Vec<_> =
-        [Watcher::Nobody, Watcher::Underpass, Watcher::PerPacket, Watcher::Bpftrace, Watcher::Tcplife]
-            .into_iter()
-            .filter(|watcher| watcher.is_there())
-            .collect();
-    rounds(if args.quick { 2 } else { 7 }, &watchers, |watcher| bench.load(*watcher))?;
+    let watchers: Vec<_> = [
+        Watcher::Nobody,
+        Watcher::Underpass,
+        Watcher::PerPacket,
+        Watcher::Bpftrace,
+        Watcher::Tcplife,
+        Watcher::Bandwhich,
+    ]
+    .into_iter()
+    .filter(|watcher| watcher.is_there())
+    .collect();
+    rounds(if args.quick { 1 } else { 5 }, &watchers, |watcher| bench.load(*watcher))?;
     say("open connections");
     bench.open()?;
     bench.report(args)
+}
+
+/// The peers' tracepoints take tracefs. Mounted for this thread and what it starts.
+fn tracing_mounted() -> Result<()> {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context("no mount namespace of its own")?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    for (kind, at) in [("tracefs", "/sys/kernel/tracing"), ("debugfs", "/sys/kernel/debug")] {
+        if let Err(why) = mount(Some("none"), at, Some(kind), MsFlags::empty(), none) {
+            say(format_args!("{kind} is not to be had at {at} ({why}): peers may not work"));
+        }
+    }
+    Ok(())
 }
 
 struct Bench {
@@ -83,6 +117,10 @@ struct Bench {
     cost: Table,
     own: Table,
     open: Table,
+    lost: u64,
+    /// iperf3 and nginx, while the benchmark runs.
+    _servers: [Program; 3],
+    _folder: tempfile::TempDir,
 }
 
 impl Bench {
@@ -97,37 +135,54 @@ impl Bench {
                 fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
             })?;
         }
+        let folder = tempfile::tempdir()?;
+        let iperf = format!("exec iperf3 -s -p {IPERF}");
+        let servers = [
+            Program::server(&client, &iperf, (Ipv4Addr::LOCALHOST, IPERF).into())?,
+            Program::server(&server, &iperf, (SERVER, IPERF).into())?,
+            Program::server(&server, &nginx(folder.path())?, WEB)?,
+        ];
         let cost = [
             Measure::higher(BULK_LO),
             Measure::higher(BULK_VETH),
             Measure::lower(PING),
             Measure::higher(SHORT),
             Measure::higher(SHORT_LO),
+            Measure::higher(WRK),
+            Measure::higher(WRK_CLOSE),
         ];
-        let open = IDLE.map(|n| Measure::lower(format!("{n} open, CPU ms a second")));
-        let memory = IDLE.map(|n| Measure::lower(format!("{n} open, resident MiB")));
+        let open = OPEN.map(|n| Measure::lower(format!("{n} open, CPU ms a second")));
+        let memory = OPEN.map(|n| Measure::lower(format!("{n} open, resident MiB")));
         Ok(Self {
             client,
             server,
-            time: Duration::from_millis(if args.quick { 700 } else { 1500 }),
+            time: Duration::from_millis(if args.quick { 1000 } else { 2000 }),
             cost: Table::new(
                 "What is watched",
-                "One stream as fast as it goes, one exchange after the other, and short connections (connect, \
-                 64 bytes each way, close) of which both ends are watched.",
+                "iperf3 with one stream; one exchange after the other; short connections (connect, 64 bytes each way, \
+                 close) as fast as they go; wrk with 32 connections against nginx and a file of 612 bytes. Of all \
+                 connections both ends are watched.",
                 cost.to_vec(),
             )
             .base(Watcher::Nobody.to_string()),
             own: Table::new(
                 "The watcher",
-                "User and system time of the watcher's process alone, while the load above runs. Output goes to \
-                 /dev/null.",
-                vec![Measure::lower(CPU_SHORT), Measure::lower(CPU_BULK)],
+                format!(
+                    "The watcher's own process beside {PACE} short connections a second on loopback, of which it \
+                     sees both ends. Its output goes to /dev/null. What its programs cost in the kernel is in the \
+                     table above."
+                ),
+                vec![Measure::lower(USER), Measure::lower(SYSTEM), Measure::higher(RATE)],
             ),
             open: Table::new(
                 "Open connections",
-                "`underpass watch --json` beside connections that rest; both ends of each are watched.",
+                "`underpass watch --json` beside connections that rest, most of their time; both ends of each are watched, \
+                 so 10,000 connections are 20,000 ends.",
                 open.into_iter().chain(memory).collect(),
             ),
+            lost: 0,
+            _servers: servers,
+            _folder: folder,
         })
     }
 
@@ -136,30 +191,62 @@ impl Bench {
         let running = Running::start(watcher, &self.client)?;
         let at = SocketAddr::from((SERVER, 5001));
         let lo = SocketAddr::from((Ipv4Addr::LOCALHOST, 5002));
-        let far = Server::start(&self.server, at, None)?;
-        let near = Server::start(&self.client, lo, None)?;
+        let _far = Server::start(&self.server, at, None)?;
+        let _near = Server::start(&self.client, lo, None)?;
         let over_veth = Clients { namespace: &self.client, to: at, cpu: None };
         let over_lo = Clients { namespace: &self.client, to: lo, cpu: None };
 
-        let before = running.cpu()?;
-        self.cost.add(&row, BULK_LO, over_lo.bulk(&near, 1, self.time)?.gbit_per_s);
-        self.cost.add(&row, BULK_VETH, over_veth.bulk(&far, 1, self.time)?.gbit_per_s);
-        let bulk_cpu = (running.cpu()? - before) / (2.0 * self.time.as_secs_f64());
+        self.cost.add(&row, BULK_LO, self.iperf(Ipv4Addr::LOCALHOST)?);
+        self.cost.add(&row, BULK_VETH, self.iperf(SERVER)?);
         let times = over_veth.ping_pong(64, self.time)?;
-        self.cost.add(&row, PING, crate::report::percentile(&times, 0.5).context("no exchange")?);
-        let before = running.cpu()?;
-        let veth = over_veth.short(16, self.time)?;
-        let loopback = over_lo.short(16, self.time)?;
-        // What is still in the ring belongs to it.
+        self.cost.add(&row, PING, percentile(&times, 0.5).context("no exchange")?);
+        self.cost.add(&row, SHORT, over_veth.short(16, self.time)?);
+        self.cost.add(&row, SHORT_LO, over_lo.short(16, self.time)?);
+        self.cost.add(&row, WRK, self.wrk("")?);
+        self.cost.add(&row, WRK_CLOSE, self.wrk("-H 'Connection: close'")?);
+
+        // What is still in the ring belongs to what was before.
         thread::sleep(Duration::from_millis(300));
-        let connections = (veth + loopback) * self.time.as_secs_f64();
-        self.cost.add(&row, SHORT, veth);
-        self.cost.add(&row, SHORT_LO, loopback);
+        let before = running.cpu()?;
+        let rate = over_lo.short_paced(16, PACE, self.time)?;
+        thread::sleep(Duration::from_millis(300));
         if watcher != Watcher::Nobody {
-            self.own.add(&row, CPU_SHORT, (running.cpu()? - before) * 1e6 / connections);
-            self.own.add(&row, CPU_BULK, bulk_cpu * 1e3);
+            let after = running.cpu()?;
+            let seconds = self.time.as_secs_f64();
+            self.own.add(&row, USER, (after.0 - before.0) * 1e3 / seconds);
+            self.own.add(&row, SYSTEM, (after.1 - before.1) * 1e3 / seconds);
+            self.own.add(&row, RATE, rate);
+        }
+        let notes = running.end()?;
+        if watcher == Watcher::Underpass {
+            self.lost += lost(&notes).with_context(|| format!("no summary: {notes}"))?;
         }
         Ok(())
+    }
+
+    /// One stream for a while; what was received, in Gbit/s.
+    fn iperf(&self, to: Ipv4Addr) -> Result<f64> {
+        let seconds = self.time.as_secs_f64().ceil();
+        let text = self.output(&format!("iperf3 -c {to} -p {IPERF} -t {seconds} -O 0.3 -J"))?;
+        let json: serde_json::Value = serde_json::from_str(&text).context("iperf3 gave no JSON")?;
+        let rate = json["end"]["sum_received"]["bits_per_second"].as_f64();
+        Ok(rate.with_context(|| format!("iperf3: {text}"))? / 1e9)
+    }
+
+    /// Requests a second.
+    fn wrk(&self, options: &str) -> Result<f64> {
+        let seconds = self.time.as_secs_f64().ceil();
+        let text = self.output(&format!("wrk -t1 -c32 -d{seconds} {options} http://{WEB}/small"))?;
+        let rate = text.lines().find_map(|line| line.strip_prefix("Requests/sec:")?.trim().parse().ok());
+        rate.with_context(|| format!("wrk: {text}"))
+    }
+
+    /// What a command in the client's namespace prints.
+    fn output(&self, command: &str) -> Result<String> {
+        let mut shell = Command::new("sh");
+        let output = self.client.enter(|| shell.args(["-c", command]).output())?;
+        ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     fn open(&mut self) -> Result<()> {
@@ -168,13 +255,15 @@ impl Bench {
         let _server = Server::start(&self.server, at, None)?;
         let clients = Clients { namespace: &self.client, to: at, cpu: None };
         let mut held = vec![];
-        for n in IDLE {
+        for n in OPEN {
             held.extend(clients.idle(n - held.len())?);
             thread::sleep(Duration::from_secs(2));
             let before = running.cpu()?;
             thread::sleep(Duration::from_secs(4));
+            let after = running.cpu()?;
             let row = Watcher::Underpass.to_string();
-            self.open.add(&row, &format!("{n} open, CPU ms a second"), (running.cpu()? - before) * 1e3 / 4.0);
+            let spent = after.0 + after.1 - before.0 - before.1;
+            self.open.add(&row, &format!("{n} open, CPU ms a second"), spent * 1e3 / 4.0);
             self.open.add(&row, &format!("{n} open, resident MiB"), running.resident_mib()?);
         }
         Ok(())
@@ -192,11 +281,27 @@ impl Bench {
             findings.push(format!(
                 "{}: {} unwatched, {} watched ({:+.1} %).",
                 measure.name,
-                crate::report::number(without),
-                crate::report::number(with),
+                number(without),
+                number(with),
                 (with / without - 1.0) * 100.0
             ));
         }
+        let user = |watcher: Watcher| self.own.median(&watcher.to_string(), USER);
+        if let (Some(ours), Some(theirs)) = (user(Watcher::Underpass), user(Watcher::Bpftrace)) {
+            findings.push(format!(
+                "User CPU at {PACE} connections a second: {:.2} of bpftrace's.",
+                ours / theirs
+            ));
+        }
+        let memory = |n: usize| self.open.median(&us, &format!("{n} open, resident MiB"));
+        if let (Some(none), Some(many)) = (memory(0), memory(10_000)) {
+            findings.push(format!(
+                "Memory: {} bytes for each end of an open connection, besides {} MiB.",
+                number((many - none) * 1024.0 * 1024.0 / 20_000.0),
+                number(none)
+            ));
+        }
+        findings.push(format!("{LOST}: {}.", self.lost));
         let report = Report {
             name: "watch",
             title: "What watching costs",
@@ -208,11 +313,34 @@ impl Bench {
     }
 }
 
+/// The ends that `underpass watch` says it has lost.
+fn lost(notes: &str) -> Option<u64> {
+    notes.split("lost: ").nth(1)?.split(' ').next()?.parse().ok()
+}
+
+/// The command that starts nginx with a file of 612 bytes, its own welcome page's size.
+fn nginx(folder: &Path) -> Result<String> {
+    fs::write(folder.join("small"), vec![b's'; 612])?;
+    let config = folder.join("nginx.conf");
+    let folder = folder.display();
+    let text = format!(
+        "daemon off; error_log stderr crit; pid {folder}/pid; worker_processes 1; user root;\n\
+         events {{ worker_connections 4096; }}\n\
+         http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p;\n\
+         fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n\
+         keepalive_requests 100000000; sendfile on; server {{ listen {WEB} backlog=4096; root {folder}; }} }}"
+    );
+    fs::write(&config, text)?;
+    Ok(format!("exec nginx -c {} -e stderr", config.display()))
+}
+
 const INTRODUCTION: &str = "\
-The same load runs unwatched and beside each watcher in turn, round after round, within one run. `bpftrace` prints one \
-line per state change from the tracepoint that `underpass watch` uses, with process and addresses but without counting \
-bytes; `--packets` stands for the project's ancestor, an event per packet from a TC classifier (on the veth's end \
-only, at most 10,000 a second and CPU); `tcplife` is measured where it is installed.";
+The same load runs unwatched and beside each watcher in turn, round after round, within one run. `underpass watch --json` \
+tells each connection with its process, bytes and names. `bpftrace` prints one line per state change from the same \
+tracepoint, with process and addresses but without bytes. `tcplife` (libbpf-tools) prints one line per connection, with \
+process and bytes. `bandwhich --raw` sniffs packets and looks processes up in procfs. The event per packet stands for the \
+project's ancestor: `underpass watch --interface --packets`, a TC classifier on the veth's end, at most 10,000 packets a \
+second and CPU. What is not in the tables was not installed.";
 
 /// The script for bpftrace: who, what state, where to.
 const SCRIPT: &str = r#"tracepoint:sock:inet_sock_set_state /args->protocol == 6/ {
@@ -220,17 +348,13 @@ const SCRIPT: &str = r#"tracepoint:sock:inet_sock_set_state /args->protocol == 6
         ntop(args->saddr), args->sport, ntop(args->daddr), args->dport);
 }"#;
 
-/// A watcher at work, ended when dropped.
-struct Running {
-    child: Option<Child>,
-}
-
 impl Watcher {
     fn is_there(self) -> bool {
         let program = match self {
             Self::Nobody | Self::Underpass | Self::PerPacket => return true,
             Self::Bpftrace => "bpftrace",
             Self::Tcplife => "tcplife",
+            Self::Bandwhich => "bandwhich",
         };
         let found =
             Command::new(program).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
@@ -246,51 +370,96 @@ impl Watcher {
             Self::Underpass | Self::PerPacket => Command::new(crate::peers::sibling("underpass")?),
             Self::Bpftrace => Command::new("bpftrace"),
             Self::Tcplife => Command::new("tcplife"),
+            Self::Bandwhich => Command::new("bandwhich"),
         };
         match self {
             Self::Underpass => drop(command.args(["watch", "--json"])),
             Self::PerPacket => drop(command.args(["watch", "--json", "--interface", "server", "--packets"])),
             Self::Bpftrace => drop(command.args(["-e", SCRIPT])),
+            Self::Bandwhich => drop(command.args(["--raw", "--no-resolve"])),
             Self::Nobody | Self::Tcplife => {}
         }
         Ok(Some(command))
     }
 }
 
-impl Running {
-    fn start(watcher: Watcher, namespace: &Namespace) -> Result<Self> {
-        let Some(mut command) = watcher.command()? else { return Ok(Self { child: None }) };
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let child = namespace.spawn(&mut command).with_context(|| format!("cannot start {watcher}"))?;
-        // Long enough to load and attach; none of them says on a closed stderr when it has.
-        thread::sleep(Duration::from_secs(3));
-        Ok(Self { child: Some(child) })
-    }
+/// A program that is ended, with those that it has started, when dropped.
+struct Program {
+    child: Child,
+}
 
-    /// The CPU seconds that it has spent.
-    fn cpu(&self) -> Result<f64> {
-        let Some(child) = &self.child else { return Ok(0.0) };
-        let stat =
-            fs::read_to_string(format!("/proc/{}/stat", child.id())).context("the watcher has ended")?;
-        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect::<Vec<_>>());
-        let ticks = |at: usize| fields.as_ref().and_then(|fields| fields.get(at)?.parse::<f64>().ok());
-        // utime and stime, fields 14 and 15 of proc(5), in hundredths of a second.
-        Ok((ticks(11).context("no CPU time")? + ticks(12).context("no CPU time")?) / 100.0)
-    }
-
-    fn resident_mib(&self) -> Result<f64> {
-        let Some(child) = &self.child else { return Ok(0.0) };
-        let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
-        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
-        Ok(kib.and_then(|kib| kib.parse::<f64>().ok()).context("no resident size")? / 1024.0)
+impl Program {
+    /// Starts a server by a line of shell and waits until it listens.
+    fn server(namespace: &Namespace, command: &str, at: SocketAddr) -> Result<Self> {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", command]).process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
+        let program = Self { child: namespace.spawn(&mut shell)? };
+        for _ in 0..500 {
+            if namespace.enter(|| TcpStream::connect(at)).is_ok() {
+                return Ok(program);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        bail!("nothing listens at {at} after: {command}; run ./dev setup bench")
     }
 }
 
-impl Drop for Running {
+impl Drop for Program {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT);
-            let _ = child.wait();
+        let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+}
+
+/// A watcher at work, or nobody.
+struct Running {
+    watcher: Option<(Program, thread::JoinHandle<String>)>,
+}
+
+impl Running {
+    fn start(watcher: Watcher, namespace: &Namespace) -> Result<Self> {
+        let Some(mut command) = watcher.command()? else { return Ok(Self { watcher: None }) };
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = namespace.spawn(&mut command).with_context(|| format!("cannot start {watcher}"))?;
+        let mut errors = child.stderr.take().context("no stderr")?;
+        let notes = thread::spawn(move || {
+            let mut notes = vec![];
+            // What it was cut short of shows in the notes.
+            let _ = errors.read_to_end(&mut notes);
+            String::from_utf8_lossy(&notes).into_owned()
+        });
+        let mut program = Program { child };
+        // Long enough to load and attach; most of them do not say when they have.
+        thread::sleep(Duration::from_secs(3));
+        if let Some(status) = program.child.try_wait()? {
+            bail!("{watcher} has ended ({status}): {}", notes.join().unwrap_or_default().trim());
         }
+        Ok(Self { watcher: Some((program, notes)) })
+    }
+
+    /// The seconds of user and of system time that it has spent.
+    fn cpu(&self) -> Result<(f64, f64)> {
+        let Some((program, _)) = &self.watcher else { return Ok((0.0, 0.0)) };
+        let stat = fs::read_to_string(format!("/proc/{}/stat", program.child.id()));
+        let stat = stat.context("the watcher has ended")?;
+        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect::<Vec<_>>());
+        let ticks = |at: usize| fields.as_ref().and_then(|fields| fields.get(at)?.parse::<f64>().ok());
+        // utime and stime, fields 14 and 15 of proc(5), in hundredths of a second.
+        Ok((ticks(11).context("no CPU time")? / 100.0, ticks(12).context("no CPU time")? / 100.0))
+    }
+
+    fn resident_mib(&self) -> Result<f64> {
+        let Some((program, _)) = &self.watcher else { return Ok(0.0) };
+        let status = fs::read_to_string(format!("/proc/{}/status", program.child.id()))?;
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
+        Ok(kib.and_then(|kib| kib.parse::<f64>().ok()).context("no resident size")? / 1024.0)
+    }
+
+    /// Ends it as a user would; what it wrote to stderr.
+    fn end(self) -> Result<String> {
+        let Some((mut program, notes)) = self.watcher else { return Ok(String::new()) };
+        kill(Pid::from_raw(program.child.id().cast_signed()), Signal::SIGINT)?;
+        program.child.wait()?;
+        notes.join().map_err(|_| anyhow::anyhow!("the reader of stderr has panicked"))
     }
 }

@@ -127,8 +127,9 @@ pub mod settings_flag {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Resolver {
-    /// An IPv4 address is mapped into IPv6. All zero: the slot is empty.
-    pub address: [u8; 16],
+    /// The address in two words as they lie in memory; an IPv4 address is mapped into
+    /// IPv6. All zero: the slot is empty.
+    pub address: [u64; 2],
     /// Mask of the rules of which one hit suffices to drop.
     pub alone: u32,
     /// Mask of the rules that need a second one of either mask to hit.
@@ -198,8 +199,8 @@ pub struct Counters {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Learned {
-    /// The resolver.
-    pub address: [u8; 16],
+    /// The resolver, as in [`Resolver`].
+    pub address: [u64; 2],
     /// When it was last seen, in nanoseconds of a clock that starts anywhere.
     pub at: u64,
     /// How many trusted answers in a row have shown it, within the tolerance.
@@ -287,7 +288,7 @@ impl Settings {
 
 impl Resolver {
     /// An empty slot.
-    pub const EMPTY: Self = Self { address: [0; 16], alone: 0, paired: 0 };
+    pub const EMPTY: Self = Self { address: [0; 2], alone: 0, paired: 0 };
 }
 
 impl Pattern {
@@ -302,7 +303,7 @@ impl Range {
 
 impl Learned {
     /// Nothing learned.
-    pub const EMPTY: Self = Self { address: [0; 16], at: 0, answers: 0, hop_limit: 0 };
+    pub const EMPTY: Self = Self { address: [0; 2], at: 0, answers: 0, hop_limit: 0 };
 }
 
 impl Answered {

@@ -178,7 +178,7 @@ impl Function {
         }
         if gone == 0 {
             return Err(Error::Usage(format!(
-                "{} is not attached to {name:?}; `underpass status` lists what is",
+                "{} is not attached to '{name}'; `underpass status` lists what is",
                 self.word
             )));
         }

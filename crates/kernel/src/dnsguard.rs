@@ -5,11 +5,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
 };
 use underpass_abi::dnsguard::{
-    Answered, CLASSES, Class, Counters, Learned, MEMORY_SLOTS, RESOLVER_SLOTS, SAMPLE_BYTES, SAMPLES_PER_CPU,
-    Sample, Settings, settings_flag,
+    Answered, CLASSES, Class, Counters, Learned, MAX_RULES, MEMORY_SLOTS, RESOLVER_SLOTS, RULES,
+    SAMPLE_BYTES, SAMPLES_PER_CPU, Sample, Settings, rule, settings_flag,
 };
 use underpass_logic::{
-    dnsguard::{Judgement, Memory, judge},
+    dnsguard::{Judgement, Memory, Seen},
     packet::{Packet, ip::Address, udp::Datagram},
 };
 
@@ -84,33 +84,22 @@ pub fn guard<P: Packet>(
     counters: &PerCpuArray<Counters, 1>,
     sample: impl FnOnce(&P, &Judgement, &mut Counters),
 ) -> bool {
-    let judgement = judge(packet, settings, memory);
+    // What passes unjudged is done with here, and carries nothing along.
+    let judged = Seen::of(packet, settings).and_then(|seen| seen.judge(packet, settings, memory));
     let Some(counters) = counters.get_ptr_mut(0) else { return false };
     // SAFETY: this CPU's own value; nothing interrupts the program and comes here.
     let counters = unsafe { &mut *counters };
-    let dropped = match judgement.class {
-        Class::NotDns
-        | Class::OtherServer
-        | Class::Fragment
-        | Class::Unparsed
-        | Class::Truncated
-        | Class::Empty
-        | Class::Several
-        | Class::Passed => false,
-        Class::Dropped => true,
-    };
-    // Forgotten and masked: the compiler makes one number of the class and how it was
-    // found, and then the verifier does not know that it is in range ("invalid access
-    // to map value, value_size=360 off=480 size=8").
-    counters.classes[packet.forget(judgement.class as usize) % CLASSES] += 1;
-    if judgement.rules != 0 {
-        for (nth, (hits, drops)) in counters.hits.iter_mut().zip(&mut counters.drops).enumerate() {
-            // Forgotten, or the verifier follows every combination of hits.
-            if packet.forget(judgement.rules as usize) & 1 << nth != 0 {
-                *hits += 1;
-                *drops += u64::from(dropped);
-            }
+    let judgement = match judged {
+        Ok(judgement) => judgement,
+        Err(class) => {
+            count(packet, counters, class);
+            return false;
         }
+    };
+    count(packet, counters, judgement.class);
+    let dropped = is_dropped(judgement.class);
+    if judgement.rules != 0 {
+        count_rules(packet, counters, &judgement);
         let tick = tick();
         if tick == counters.sampled_at {
             counters.unsampled += 1;
@@ -122,6 +111,50 @@ pub fn guard<P: Packet>(
     dropped && settings.flags & settings_flag::DRY_RUN == 0
 }
 
+/// The policy: whatever is not sure to be forged passes.
+#[inline(always)]
+fn is_dropped(class: Class) -> bool {
+    match class {
+        Class::NotDns
+        | Class::OtherServer
+        | Class::Fragment
+        | Class::Unparsed
+        | Class::Truncated
+        | Class::Empty
+        | Class::Several
+        | Class::Passed => false,
+        Class::Dropped => true,
+    }
+}
+
+#[inline(always)]
+fn count<P: Packet>(packet: &P, counters: &mut Counters, class: Class) {
+    // Forgotten and masked: the compiler makes one number of the class and how it was
+    // found, and then the verifier does not know that it is in range ("invalid access
+    // to map value, value_size=360 off=480 size=8").
+    counters.classes[packet.forget(class as usize) % CLASSES] += 1;
+}
+
+/// Counts the rules that hit: the built-in ones, and the patterns if one of them did.
+#[inline(always)]
+fn count_rules<P: Packet>(packet: &P, counters: &mut Counters, judgement: &Judgement) {
+    let dropped = u64::from(is_dropped(judgement.class));
+    let (built_in, patterns) = (RULES.len(), MAX_RULES);
+    let mut count = |range: core::ops::Range<usize>| {
+        for nth in range {
+            // Forgotten, or the verifier follows every combination of hits.
+            if packet.forget(judgement.rules as usize) & 1 << nth != 0 {
+                counters.hits[nth] += 1;
+                counters.drops[nth] += dropped;
+            }
+        }
+    };
+    count(0..built_in);
+    if judgement.rules >= rule::FIRST_PATTERN {
+        count(built_in..patterns);
+    }
+}
+
 /// Keeps an answer that a rule hit among this CPU's last samples.
 #[inline(always)]
 pub fn keep_sample<P: Packet>(
@@ -130,7 +163,8 @@ pub fn keep_sample<P: Packet>(
     counters: &mut Counters,
     samples: &PerCpuArray<Sample, SAMPLES_PER_CPU>,
 ) {
-    let Some(datagram) = judgement.datagram else { return };
+    // Rarely done, so nothing of it is carried here from the judging.
+    let Ok(datagram) = Datagram::parse(packet) else { return };
     let nth = counters.samples as usize % SAMPLES_PER_CPU;
     let Some(sample) = samples.get_ptr_mut(nth as u32) else { return };
     // SAFETY: this CPU's own value; nothing interrupts the program and comes here.

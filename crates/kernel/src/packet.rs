@@ -35,12 +35,14 @@ const PSEUDO_HDR: u64 = 1 << 4;
 /// A packet in XDP.
 pub struct XdpPacket {
     ctx: XdpContext,
+    bytes: Linear,
 }
 
 impl XdpPacket {
     #[inline(always)]
     pub fn new(ctx: XdpContext) -> Self {
-        Self { ctx }
+        let bytes = Linear { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.rx_queue_index() };
+        Self { ctx, bytes }
     }
 
     /// The interface that the packet came in on.
@@ -55,29 +57,45 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn bytes<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
-        let from = pointer::<N>(self.ctx.data(), self.ctx.data_end(), at)?;
-        // SAFETY: `pointer` has compared the access with the packet's end.
-        Ok(unsafe { load(from) })
+        self.bytes.load(at)
     }
 
     #[inline(always)]
     fn len(&self) -> usize {
-        self.ctx.data_end() - self.ctx.data()
+        self.bytes.data_end - self.bytes.data
     }
 
     #[inline(always)]
     fn forget(&self, at: usize) -> usize {
-        forget(at, self.ctx.rx_queue_index())
+        forget(at, self.bytes.unknown)
     }
 }
 
 impl PacketMut for XdpPacket {
     #[inline(always)]
     fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
-        let to = pointer::<N>(self.ctx.data(), self.ctx.data_end(), at)?;
+        let to = pointer::<N>(self.bytes.data, self.bytes.data_end, at)?;
         // SAFETY: `pointer` has compared the access with the packet's end.
         unsafe { to.cast::<[u8; N]>().write(bytes) };
         Ok(())
+    }
+}
+
+/// Where a packet's bytes are, as long as no helper moves them, and a number that the
+/// verifier does not know. Read from the context once: it is read anew at each access
+/// otherwise.
+struct Linear {
+    data: usize,
+    data_end: usize,
+    unknown: u32,
+}
+
+impl Linear {
+    #[inline(always)]
+    fn load<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
+        let from = pointer::<N>(self.data, self.data_end, at)?;
+        // SAFETY: `pointer` has compared the access with the end of the bytes.
+        Ok(unsafe { load(from) })
     }
 }
 
@@ -90,6 +108,7 @@ pub struct TcPacket {
 /// cut. It costs the verifier a third of [`TcPacket`].
 pub struct LinearPacket {
     ctx: TcContext,
+    bytes: Linear,
 }
 
 impl LinearPacket {
@@ -102,16 +121,16 @@ impl LinearPacket {
             // If it fails the packet stays as it is, and what is missing counts as cut.
             let _ = packet.ctx.pull_data(bytes.min(packet.ctx.len()));
         }
-        Self { ctx: packet.ctx }
+        let ctx = packet.ctx;
+        let bytes = Linear { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.len() };
+        Self { ctx, bytes }
     }
 }
 
 impl Packet for LinearPacket {
     #[inline(always)]
     fn bytes<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
-        let from = pointer::<N>(self.ctx.data(), self.ctx.data_end(), at)?;
-        // SAFETY: `pointer` has compared the access with the linear part's end.
-        Ok(unsafe { load(from) })
+        self.bytes.load(at)
     }
 
     #[inline(always)]
@@ -121,7 +140,7 @@ impl Packet for LinearPacket {
 
     #[inline(always)]
     fn forget(&self, at: usize) -> usize {
-        forget(at, self.ctx.len())
+        forget(at, self.bytes.unknown)
     }
 }
 
@@ -319,6 +338,8 @@ unsafe fn load<const N: usize>(from: *const u8) -> [u8; N] {
     }
     if N == 16 {
         step!(8, "u64", u64, 0 8);
+    } else if N == 8 {
+        step!(8, "u64", u64, 0);
     } else if N == 4 {
         step!(4, "u32", u32, 0);
     } else {

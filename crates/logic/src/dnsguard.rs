@@ -12,7 +12,7 @@ use crate::{
     dns::{self, Opt, SingleAnswer},
     packet::{
         Packet, Short, Unparsed,
-        ip::{Address, Fragment, Ipv4, Version},
+        ip::{Address, Fragment, Ipv4, Version, Words},
         udp::Datagram,
     },
 };
@@ -50,67 +50,15 @@ pub struct Judgement {
     pub class: Class,
     /// Mask of the rules that hit, whether they sufficed or not.
     pub rules: u32,
-    /// The datagram, once it is known to be an answer of a guarded resolver.
-    pub datagram: Option<Datagram>,
-}
-
-impl Judgement {
-    #[inline(always)]
-    fn passed(class: Class) -> Self {
-        Self { class, rules: 0, datagram: None }
-    }
 }
 
 /// Judges a packet that came in.
 #[inline(always)]
 pub fn judge<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings, memory: &mut M) -> Judgement {
-    let datagram = match Datagram::parse(packet) {
-        Ok(datagram) => datagram,
-        Err(Unparsed::Fragment) => return Judgement::passed(Class::Fragment),
-        Err(Unparsed::Short | Unparsed::Malformed | Unparsed::NotIp | Unparsed::OtherProtocol) => {
-            return Judgement::passed(Class::NotDns);
-        }
-    };
-    if datagram.udp.source_port != PORT {
-        return Judgement::passed(Class::NotDns);
+    match Seen::of(packet, settings).and_then(|seen| seen.judge(packet, settings, memory)) {
+        Ok(judgement) => judgement,
+        Err(class) => Judgement { class, rules: 0 },
     }
-    let Ok(source) = datagram.ip.source(packet) else { return Judgement::passed(Class::NotDns) };
-    let slot = slot_of(settings, source);
-    let Some(resolver) = guarded(settings, source, slot) else {
-        return Judgement::passed(Class::OtherServer);
-    };
-    if datagram.ip.fragment != Fragment::Whole {
-        return Judgement::passed(Class::Fragment);
-    }
-    let message = datagram.udp.payload_at();
-    let header = match dns::Header::read(packet, message) {
-        Ok(header) if datagram.udp.payload_length() >= dns::Header::LEN => header,
-        Ok(_) | Err(Short) => return Judgement::passed(Class::Unparsed),
-    };
-    let flags = header.flags.get();
-    if flags & dns::flags::RESPONSE == 0 || header.question_count.get() != 1 {
-        return Judgement::passed(Class::Unparsed);
-    }
-    if flags & dns::flags::TRUNCATED != 0 {
-        return Judgement::passed(Class::Truncated);
-    }
-    match header.answer_count.get() {
-        0 => return Judgement::passed(Class::Empty),
-        1 => {}
-        _ => return Judgement::passed(Class::Several),
-    }
-    let Ok(answer) = SingleAnswer::parse(packet, &header, message, datagram.udp.end) else {
-        return Judgement::passed(Class::Unparsed);
-    };
-    let seen = Seen { datagram: &datagram, source, slot, header: &header, answer: &answer };
-    let Ok(rules) = seen.hits(packet, settings, memory) else {
-        return Judgement::passed(Class::Unparsed);
-    };
-    let class = if suffices(rules, resolver) { Class::Dropped } else { Class::Passed };
-    if class == Class::Passed && rules & !rule::TTL_DEVIATES == 0 && answer.opt == Opt::Present {
-        seen.learn(settings, memory);
-    }
-    Judgement { class, rules, datagram: Some(datagram) }
 }
 
 /// Notes a query that goes out to a guarded resolver; whether it was one.
@@ -121,7 +69,9 @@ pub fn note_query<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings
         return false;
     }
     let ip = &datagram.ip;
-    let (Ok(source), Ok(destination)) = (ip.source(packet), ip.destination(packet)) else { return false };
+    let (Ok(source), Ok(destination)) = (ip.source_words(packet), ip.destination_words(packet)) else {
+        return false;
+    };
     if guarded(settings, destination, slot_of(settings, destination)).is_none() {
         return false;
     }
@@ -142,30 +92,93 @@ pub fn suffices(rules: u32, resolver: &Resolver) -> bool {
 
 /// The slot of a resolver's address in [`Settings::resolvers`] and in what is learned.
 #[inline(always)]
-pub fn slot_of(settings: &Settings, address: Address) -> usize {
-    let [high, low] = words(address);
+pub fn slot_of(settings: &Settings, [high, low]: Words) -> usize {
     (mix(mix(settings.hash_seed, high), low) >> 56) as usize % RESOLVER_SLOTS
 }
 
 #[inline(always)]
-fn guarded(settings: &Settings, address: Address, slot: usize) -> Option<&Resolver> {
+fn guarded(settings: &Settings, address: Words, slot: usize) -> Option<&Resolver> {
     let resolver = &settings.resolvers[slot];
-    if words(Address(resolver.address)) == words(address) {
+    if resolver.address == address {
         return Some(resolver);
     }
     (settings.flags & settings_flag::ANY != 0).then_some(&settings.any)
 }
 
 /// A single answer of a guarded resolver, and all that was read of it.
-struct Seen<'a> {
-    datagram: &'a Datagram,
-    source: Address,
+pub struct Seen<'a> {
+    datagram: Datagram,
+    source: Words,
     slot: usize,
-    header: &'a dns::Header,
-    answer: &'a SingleAnswer,
+    resolver: &'a Resolver,
+    header: dns::Header,
+    answer: SingleAnswer,
 }
 
-impl Seen<'_> {
+impl<'a> Seen<'a> {
+    /// Reads a packet, or says which kind of those it is that pass unjudged.
+    ///
+    /// # Errors
+    /// Any [`Class`] but [`Class::Passed`] and [`Class::Dropped`].
+    #[inline(always)]
+    pub fn of<P: Packet + ?Sized>(packet: &P, settings: &'a Settings) -> Result<Self, Class> {
+        let datagram = match Datagram::parse(packet) {
+            Ok(datagram) => datagram,
+            Err(Unparsed::Fragment) => return Err(Class::Fragment),
+            Err(Unparsed::Short | Unparsed::Malformed | Unparsed::NotIp | Unparsed::OtherProtocol) => {
+                return Err(Class::NotDns);
+            }
+        };
+        if datagram.udp.source_port != PORT {
+            return Err(Class::NotDns);
+        }
+        let source = datagram.ip.source_words(packet).map_err(|Short| Class::NotDns)?;
+        let slot = slot_of(settings, source);
+        let resolver = guarded(settings, source, slot).ok_or(Class::OtherServer)?;
+        if datagram.ip.fragment != Fragment::Whole {
+            return Err(Class::Fragment);
+        }
+        let message = datagram.udp.payload_at();
+        let header = match dns::Header::read(packet, message) {
+            Ok(header) if datagram.udp.payload_length() >= dns::Header::LEN => header,
+            Ok(_) | Err(Short) => return Err(Class::Unparsed),
+        };
+        let flags = header.flags.get();
+        if flags & dns::flags::RESPONSE == 0 || header.question_count.get() != 1 {
+            return Err(Class::Unparsed);
+        }
+        if flags & dns::flags::TRUNCATED != 0 {
+            return Err(Class::Truncated);
+        }
+        match header.answer_count.get() {
+            0 => return Err(Class::Empty),
+            1 => {}
+            _ => return Err(Class::Several),
+        }
+        let answer = SingleAnswer::parse(packet, &header, message, datagram.udp.end)
+            .map_err(|dns::Malformed| Class::Unparsed)?;
+        Ok(Self { datagram, source, slot, resolver, header, answer })
+    }
+
+    /// Judges the answer, and learns from it if it can be trusted.
+    ///
+    /// # Errors
+    /// [`Class::Unparsed`] where the packet ends too early after all.
+    #[inline(always)]
+    pub fn judge<P: Packet + ?Sized, M: Memory>(
+        &self,
+        packet: &P,
+        settings: &Settings,
+        memory: &mut M,
+    ) -> Result<Judgement, Class> {
+        let rules = self.hits(packet, settings, memory).map_err(|Short| Class::Unparsed)?;
+        let class = if suffices(rules, self.resolver) { Class::Dropped } else { Class::Passed };
+        if class == Class::Passed && rules & !rule::TTL_DEVIATES == 0 && self.answer.opt == Opt::Present {
+            self.learn(settings, memory);
+        }
+        Ok(Judgement { class, rules })
+    }
+
     /// Mask of the rules that are on and hit.
     #[inline(always)]
     fn hits<P: Packet + ?Sized, M: Memory>(
@@ -219,7 +232,7 @@ impl Seen<'_> {
             if nth >= settings.pattern_count as usize {
                 break;
             }
-            if matches(packet, self.datagram, pattern) {
+            if matches(packet, &self.datagram, pattern) {
                 hits |= rule::FIRST_PATTERN << nth;
             }
             hits = forgotten(hits);
@@ -236,7 +249,7 @@ impl Seen<'_> {
         memory: &mut M,
     ) -> Result<u32, Short> {
         let mut hits = 0;
-        let client = self.datagram.ip.destination(packet)?;
+        let client = self.datagram.ip.destination_words(packet)?;
         let key = exchange(client, self.datagram.udp.destination_port, self.source, self.header.id.get());
         let slot = memory_slot(key);
         if self.answer.opt == Opt::Absent && memory.query(slot) == key | 1 {
@@ -260,7 +273,7 @@ impl Seen<'_> {
     fn fingerprint<P: Packet + ?Sized>(&self, packet: &P) -> u64 {
         let kind = u64::from(self.answer.kind) << 32 | self.answer.length as u64;
         let data = match (self.answer.length >= 16, self.answer.length >= 4) {
-            (true, _) => words(Address(packet.bytes(self.answer.data).unwrap_or_default())),
+            (true, _) => Address(packet.bytes(self.answer.data).unwrap_or_default()).words(),
             (false, true) => {
                 [0, u64::from(u32::from_ne_bytes(packet.bytes(self.answer.data).unwrap_or_default()))]
             }
@@ -272,7 +285,7 @@ impl Seen<'_> {
     #[inline(always)]
     fn ttl_deviates<M: Memory>(&self, settings: &Settings, memory: &M) -> bool {
         let learned = memory.learned(self.slot);
-        words(Address(learned.address)) == words(self.source)
+        learned.address == self.source
             && learned.answers >= TRUSTED_ANSWERS
             && deviates(&learned, self.datagram.ip.hop_limit, settings)
             && memory.now().saturating_sub(learned.at) <= settings.ttl_remember_ns
@@ -284,7 +297,7 @@ impl Seen<'_> {
     fn learn<M: Memory>(&self, settings: &Settings, memory: &mut M) {
         let hop_limit = self.datagram.ip.hop_limit;
         let mut learned = memory.learned(self.slot);
-        let same_resolver = words(Address(learned.address)) == words(self.source);
+        let same_resolver = learned.address == self.source;
         if same_resolver && !deviates(&learned, hop_limit, settings) {
             learned.answers = learned.answers.saturating_add(1);
             if learned.answers <= TRUSTED_ANSWERS || learned.answers.is_multiple_of(16) {
@@ -293,7 +306,7 @@ impl Seen<'_> {
         } else {
             // With `any`, resolvers may share a slot: the later one has it.
             learned = Learned {
-                address: self.source.0,
+                address: self.source,
                 at: memory.now(),
                 answers: 1,
                 hop_limit: u32::from(hop_limit),
@@ -335,9 +348,7 @@ fn matches<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, pattern: &Patter
 /// A hash of who asks whom under which identifier, its lowest bit clear. An empty slot
 /// is 0, which no exchange is.
 #[inline(always)]
-fn exchange(client: Address, port: u16, resolver: Address, id: u16) -> u64 {
-    let [a, b] = words(client);
-    let [c, d] = words(resolver);
+fn exchange([a, b]: Words, port: u16, [c, d]: Words, id: u16) -> u64 {
     let ports = u64::from(port) << 16 | u64::from(id) | 1 << 32;
     (mix(mix(mix(mix(ports, a), b), c), d) | 1 << 63) & !1
 }
@@ -345,11 +356,6 @@ fn exchange(client: Address, port: u16, resolver: Address, id: u16) -> u64 {
 #[inline(always)]
 fn memory_slot(key: u64) -> usize {
     (key >> 32) as usize % MEMORY_SLOTS
-}
-
-#[inline(always)]
-fn words(Address(bytes): Address) -> [u64; 2] {
-    zerocopy::transmute!(bytes)
 }
 
 /// One step of a multiplicative hash: good enough for slots, not against an attacker,

@@ -118,7 +118,7 @@ fn bytes_of_settings(settings: &Settings) -> Vec<u8> {
         bytes.extend(pattern.mask);
     }
     for resolver in std::iter::once(&settings.any).chain(&settings.resolvers) {
-        bytes.extend(resolver.address);
+        bytes.extend(resolver.address.map(u64::to_ne_bytes).as_flattened());
         bytes.extend(resolver.alone.to_ne_bytes());
         bytes.extend(resolver.paired.to_ne_bytes());
     }

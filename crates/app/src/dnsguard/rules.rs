@@ -453,7 +453,7 @@ fn fill(
         }
         match address {
             Some(address) => {
-                entry.address = Address::from(*address).0;
+                entry.address = Address::from(*address).words();
                 entries.push(entry);
             }
             None => settings.any = entry,
@@ -514,8 +514,8 @@ fn place(settings: &mut Settings, entries: &[Resolver]) {
         settings.hash_seed = seed;
         seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         entries.iter().any(|entry| {
-            let slot = slot_of(settings, Address(entry.address));
-            let taken = settings.resolvers[slot].address != [0; 16];
+            let slot = slot_of(settings, entry.address);
+            let taken = settings.resolvers[slot].address != [0; 2];
             settings.resolvers[slot] = *entry;
             taken
         })

@@ -197,7 +197,7 @@ fn learned(found: &Found) -> Result<Vec<LearnedTtl>> {
         let entry: Learned = map.get(&slot, 0).context("cannot read LEARNED")?;
         if entry.answers > 0 {
             learned.push(LearnedTtl {
-                resolver: Address(entry.address).into(),
+                resolver: Address::from(entry.address).into(),
                 ttl: entry.hop_limit,
                 answers: entry.answers,
                 known: entry.answers >= TRUSTED_ANSWERS,

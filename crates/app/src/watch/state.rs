@@ -100,11 +100,25 @@ pub struct Open {
     pub view: View,
     /// Bytes a second, over the last interval: received and sent.
     pub rate: (f64, f64),
-    /// Bytes of each of the last intervals, both ways.
+    /// Bytes of each of the last intervals, both ways; none if nothing has moved.
     pub history: VecDeque<u32>,
     last: (u64, u64),
     announced: bool,
     mark: bool,
+}
+
+impl Open {
+    /// Notes what has moved in an interval. What rests needs no memory for that.
+    fn remember(&mut self, bytes: u32) {
+        if bytes == 0 && self.history.iter().all(|bytes| *bytes == 0) {
+            self.history = VecDeque::new();
+            return;
+        }
+        if self.history.len() == HISTORY {
+            self.history.pop_front();
+        }
+        self.history.push_back(bytes);
+    }
 }
 
 /// How many intervals [`Open::history`] reaches back.
@@ -190,10 +204,7 @@ impl State {
             open.rate =
                 if self.ticked == 0 { (0.0, 0.0) } else { (rx as f64 / seconds, tx as f64 / seconds) };
             open.last = bytes;
-            if open.history.len() == HISTORY {
-                open.history.pop_front();
-            }
-            open.history.push_back(u32::try_from(rx + tx).unwrap_or(u32::MAX));
+            open.remember(u32::try_from(rx + tx).unwrap_or(u32::MAX));
             let waited = now.saturating_sub(open.view.report.started);
             if !open.announced && waited > self.patience.first_use.as_nanos() as u64 {
                 late.push(*key);

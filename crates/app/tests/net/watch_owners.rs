@@ -228,7 +228,7 @@ fn from_a_cgroup(name: &str) -> Value {
     let mut shell = Command::new("sh");
     shell.args([
         "-c",
-        &format!("echo $$ > {}/cgroup.procs; echo hello | nc -N 127.0.0.1 {port}", cgroup.0.display()),
+        &format!("echo $$ > '{}/cgroup.procs'; echo hello | nc -N 127.0.0.1 {port}", cgroup.0.display()),
     ]);
     let mut shell = namespace.spawn(&mut shell).unwrap();
     let mut got = String::new();

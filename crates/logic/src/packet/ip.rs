@@ -146,6 +146,22 @@ impl Address {
     pub const fn v4([a, b, c, d]: [u8; 4]) -> Self {
         Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
     }
+
+    /// The address in two words.
+    #[inline(always)]
+    pub fn words(self) -> Words {
+        zerocopy::transmute!(self.0)
+    }
+}
+
+/// An address in two words, as they lie in memory: what is compared and hashed. In the
+/// kernel programs sixteen bytes travel one by one, two words do not.
+pub type Words = [u64; 2];
+
+impl From<Words> for Address {
+    fn from(words: Words) -> Self {
+        Self(zerocopy::transmute!(words))
+    }
 }
 
 impl From<core::net::IpAddr> for Address {
@@ -337,6 +353,35 @@ impl Ip {
         Ok(match self.version {
             Version::V4 => Address::v4(packet.bytes(self.header + Ipv4::DESTINATION)?),
             Version::V6 => Address(packet.bytes(self.header + Ipv6::DESTINATION)?),
+        })
+    }
+
+    /// The source address in two words.
+    ///
+    /// # Errors
+    /// As [`Ip::source`].
+    #[inline(always)]
+    pub fn source_words<P: Packet + ?Sized>(&self, packet: &P) -> Result<Words, Short> {
+        self.words(packet, Ipv4::SOURCE, Ipv6::SOURCE)
+    }
+
+    /// The destination address in two words.
+    ///
+    /// # Errors
+    /// As [`Ip::destination`].
+    #[inline(always)]
+    pub fn destination_words<P: Packet + ?Sized>(&self, packet: &P) -> Result<Words, Short> {
+        self.words(packet, Ipv4::DESTINATION, Ipv6::DESTINATION)
+    }
+
+    #[inline(always)]
+    fn words<P: Packet + ?Sized>(&self, packet: &P, v4: usize, v6: usize) -> Result<Words, Short> {
+        Ok(match self.version {
+            Version::V4 => {
+                let [a, b, c, d] = packet.bytes(self.header + v4)?;
+                [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
+            }
+            Version::V6 => Address(packet.bytes(self.header + v6)?).words(),
         })
     }
 }

@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use aya::programs::{Xdp, XdpMode};
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, Xdp, XdpMode, tc::TcAttachOptions};
 use underpass::{dnsguard::forgery::INJECTORS, object};
 
 use super::{FORGED, GOOGLE, Lab, TRUTH, UNDERPASS, site, text, unbound, wait_for};
@@ -153,6 +153,61 @@ fn detach_leaves_nothing_behind() {
         let links = lab.run(Command::new("ip").args(["-d", "link", "show", "eth0"]));
         assert!(!links.contains("prog/xdp") && !links.contains("clsact"), "{links}");
     }
+}
+
+/// Takes every place for a TCX link of the client's interface, so that attaching another
+/// fails as it does on kernels that have none.
+fn fill_tcx(lab: &Lab) -> Vec<aya::Ebpf> {
+    let mut full = vec![];
+    // The kernel has 64 places at most.
+    while full.len() < 64 {
+        let mut object = aya::Ebpf::load(object::PACKET).unwrap();
+        let program: &mut SchedClassifier = object.program_mut("packet_bare_tc").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        for at in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let last = TcAttachOptions::TcxOrder(LinkOrder::last());
+            if lab.client.enter(|| program.attach_with_options("eth0", at, last)).is_err() {
+                return full;
+            }
+        }
+        full.push(object);
+    }
+    panic!("there was room for {} programs", full.len())
+}
+
+#[test]
+fn without_tcx_links_a_netlink_filter_guards() {
+    let (mut lab, _folder, _servers) = lab();
+    lab.wire.inject(&INJECTORS[..1]);
+    let filters = |lab: &Lab| {
+        let show = |at: &str| lab.run(Command::new("tc").args(["filter", "show", "dev", "eth0", at]));
+        [show("ingress"), show("egress")]
+    };
+    let full = fill_tcx(&lab);
+    lab.guard(&["--hook", "tc"]);
+    drop(full);
+    let [ingress, egress] = filters(&lab);
+    assert!(ingress.contains("dnsguard_tc") && egress.contains("dnsguard_egress"), "{ingress}{egress}");
+    assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0]);
+    assert_eq!(lab.dig(GOOGLE[1], &["www.example.org", "AAAA"]), TRUTH[1]);
+    // A change is in place: still one filter each, and what was counted stays.
+    lab.guard(&["--resolver", GOOGLE[0]]);
+    assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0]);
+    let shown = lab.show();
+    assert_eq!(shown["hook"], "tc");
+    assert!(shown["packets"]["dropped"].as_u64().unwrap() >= 3, "{shown}");
+    assert!(shown["packets"]["queries"].as_u64().unwrap() >= 3, "{shown}");
+    for text in filters(&lab) {
+        assert_eq!(text.matches("direct-action").count(), 1, "{text}");
+    }
+    // From there to XDP: the filter for answers goes, the one for queries stays.
+    lab.guard(&["--hook", "xdp"]);
+    let [ingress, egress] = filters(&lab);
+    assert!(ingress.trim().is_empty() && egress.contains("dnsguard_egress"), "{ingress}{egress}");
+    assert_eq!(lab.dig(GOOGLE[0], &["www.example.org", "A"]), TRUTH[0]);
+    lab.unguard();
+    let qdiscs = lab.run(Command::new("tc").args(["qdisc", "show", "dev", "eth0"]));
+    assert!(!qdiscs.contains("clsact"), "{qdiscs}");
 }
 
 #[test]
