@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io::Write as _,
     os::unix::process::CommandExt as _,
+    path::Path,
     process::{Command, ExitCode},
     time::{Duration, Instant},
 };
@@ -109,6 +110,8 @@ pub fn exec(command: &[String]) -> Result<ExitCode> {
         .args(arguments)
         .env_clear()
         .envs([("HOME", "/"), ("PATH", "/bin:/sbin:/usr/bin:/usr/sbin"), ("RUST_BACKTRACE", "0")])
+        // Else it would ask cargo where the snapshots are.
+        .envs(Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|root| ("INSTA_WORKSPACE_ROOT", root)))
         .exec();
     Err(error).with_context(|| format!("cannot start {program}"))
 }

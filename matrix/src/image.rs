@@ -98,7 +98,8 @@ fn build(target: Target, cache: &Path) -> Result<Image> {
     cpio.file(Path::new("init"), 0o755, &fs::read(&binaries["underpass-matrix"])?);
     let has_peers = peers::add(&mut cpio, target.arch)?;
     // Tests know the binary, and their own files, by the path that they were built at.
-    cpio.tree(&Path::new("crates/app/tests").canonicalize()?, &["py"])?;
+    cpio.tree(&Path::new("crates/app/tests").canonicalize()?, &["py", "snap"])?;
+    cpio.tree(&Path::new("crates/app/src").canonicalize()?, &["snap"])?;
     for path in binaries.iter().filter(|(name, _)| *name != "underpass-matrix").map(|(_, path)| path) {
         cpio.copy(path)?;
     }

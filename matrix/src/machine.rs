@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc,
@@ -11,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
 
 use crate::{
     image::{self, Image},
@@ -250,6 +252,11 @@ fn qemu(kernel: &Kernel, initrd: &Path) -> Command {
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.arg("-kernel").arg(kernel.image()).arg("-initrd").arg(initrd);
     command.arg("-append").arg(format!("console={console} quiet loglevel=3 panic=-1"));
+    // SAFETY: one system call, in the child, which has nothing of this process to break.
+    unsafe {
+        // Whoever kills this process means the machine as well.
+        command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+    }
     command
 }
 

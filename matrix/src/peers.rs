@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{image::Cpio, kernels::Arch};
 
 /// Started by tests, by name.
-const PROGRAMS: &[&str] = &["bash", "curl", "nc", "openssl", "python3"];
+const PROGRAMS: &[&str] = &["bash", "curl", "ethtool", "ip", "nc", "openssl", "python3"];
 /// Busybox stands in for these.
 const SMALL: &[&str] = &["sh", "cat", "sleep"];
 
@@ -40,7 +40,7 @@ pub fn add(cpio: &mut Cpio, arch: Arch) -> Result<bool> {
 
 /// Debian's own: what comes first in the PATH may be a script that chooses another.
 fn find(name: &str) -> Result<PathBuf> {
-    let places = ["/usr/bin", "/bin"].map(|folder| Path::new(folder).join(name));
+    let places = ["/usr/bin", "/bin", "/usr/sbin", "/sbin"].map(|folder| Path::new(folder).join(name));
     let found = places.iter().find(|path| path.exists());
     let found = found.with_context(|| format!("{name} is not installed; run ./dev setup matrix"))?;
     Ok(found.canonicalize()?)

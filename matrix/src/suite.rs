@@ -60,17 +60,43 @@ const STEPS: &[Step] = &[
         "relay",
         "kernel ends",
         "net",
-        &["::kernel"],
-        &["limits::", "_ipv6", "half", "tail", "random", "five"],
+        &[
+            "hazards::early_bytes::kernel",
+            "hazards::fin_first::kernel",
+            "hazards::reset_by_the_server::kernel_ipv4",
+        ],
+        &[],
     ),
     slow(tests(
         "relay",
         "kernel hazards",
         "net",
-        &["::kernel"],
-        &["limits::", "_ipv6", "early", "fin_first", "five"],
+        &["relay::hazards::"],
+        &["::copy", "::splice", "::auto", "_ipv6", "early", "fin_first", "five"],
     )),
+    // Not the one that waits for tens of streams of 20 MiB.
+    slow(tests("relay", "backpressure", "net", &["relay::backpressure::"], &["many_stopped"])),
+    Step {
+        needs_peers: true,
+        ..slow(tests("relay", "pair", "net", &["relay::pair::"], &["::copy", "::splice", "socat"]))
+    },
     tests("mux", "prog_run", "prog_run", &["mux::"], &[]),
+    // Each hook, with real datagrams, both families.
+    Step {
+        needs_peers: true,
+        ..tests("mux", "datagram", "net", &["datagram::tags_reach", "datagram::the_hook_is_chosen"], &[])
+    },
+    Step {
+        needs_peers: true,
+        // One starts name servers, one counts its flows in thousands.
+        ..slow(tests(
+            "mux",
+            "datagram more",
+            "net",
+            &["mux::datagram::"],
+            &["tags_reach", "the_hook_is_chosen", "name_servers", "flows_are_bounded"],
+        ))
+    },
     slow(tests("mux", "message", "net", &["mux::message::"], &[])),
     Step {
         needs_peers: true,
@@ -83,9 +109,39 @@ const STEPS: &[Step] = &[
             &["real_servers", "cut_at_every_byte"],
         ))
     },
-    tests("dnsguard", "prog_run", "prog_run", &["dnsguard::"], &[]),
+    tests("dnsguard", "prog_run", "prog_run", &["dnsguard::"], &["mutated", "hundred_thousand"]),
+    slow(tests("dnsguard", "prog_run more", "prog_run", &["dnsguard::"], &[])),
+    // Attaches and detaches, with an injector on the wire.
+    command("dnsguard", "guards", &["demo", "--json", "--only", "dnsguard"]),
+    Step {
+        needs_peers: true,
+        // Those that need no name servers.
+        ..tests(
+            "dnsguard",
+            "hooks",
+            "net",
+            &["detach_leaves_nothing", "beside_another_xdp", "guard_whose_interface_is_gone"],
+            &["watch", "mux::"],
+        )
+    },
     // It counts what is read by a tracepoint that came with 6.3.
-    Step { needs_peers: true, since: (6, 3), ..tests("shortcut", "net", "net", &["shortcut::"], &[]) },
+    Step {
+        needs_peers: true,
+        since: (6, 3),
+        ..tests("shortcut", "net", "net", &["shortcut::what_is_exchanged", "shortcut::ports_1"], &[])
+    },
+    Step {
+        needs_peers: true,
+        since: (6, 3),
+        // Not those of servers that the guests do not have.
+        ..slow(tests(
+            "shortcut",
+            "more",
+            "net",
+            &["namespaces_do", "that_exist", "churn", "fall_behind", "that_wait", "through_a_relay"],
+            &["relay::", "mux::", "watch"],
+        ))
+    },
     // Its programs keep what they know in the sockets, which came with 5.11.
     Step { needs_peers: true, since: (5, 11), ..tests("watch", "net", "net", &["watch::"], &[]) },
     Step {
@@ -98,6 +154,11 @@ const STEPS: &[Step] = &[
             &["watch_owners::"],
             &["fifty_thousand", "unbound", "remote_names"],
         ))
+    },
+    Step {
+        needs_peers: true,
+        since: (5, 11),
+        ..slow(tests("watch", "kinds", "net", &["watch_kinds::"], &["io_uring"]))
     },
 ];
 
@@ -114,7 +175,7 @@ const fn tests(
 
 const fn command(function: &'static str, part: &'static str, arguments: &'static [&'static str]) -> Step {
     let run = Run::Underpass(arguments);
-    Step { function, part, since: OLDEST, needs_peers: false, slow: false, statuses: &[0], run, seconds: 60 }
+    Step { function, part, since: OLDEST, needs_peers: false, slow: false, statuses: &[0], run, seconds: 240 }
 }
 
 const fn slow(step: Step) -> Step {

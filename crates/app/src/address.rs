@@ -1,6 +1,10 @@
 //! Addresses as people write them: `host:port`, `:port`, `[::1]:53`.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv6Addr},
+    str::FromStr,
+};
 
 /// Where to connect to. The host may be a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,15 +97,24 @@ impl fmt::Display for Listen {
 fn split(text: &str) -> Result<(Option<String>, u16), AddressError> {
     let (host, port) = text.rsplit_once(':').ok_or(AddressError::NoPort)?;
     let host = match host.strip_prefix('[') {
-        Some(rest) => rest.strip_suffix(']').ok_or(AddressError::Brackets)?,
+        Some(rest) => in_brackets(rest.strip_suffix(']').ok_or(AddressError::Brackets)?)?,
         None if host.contains(':') => return Err(AddressError::Brackets),
         None => host,
     };
     let port = port.parse().map_err(|_| AddressError::Port(port.into()))?;
-    if host.chars().any(|c| c.is_whitespace() || "/@\\".contains(c)) {
+    if host.chars().any(|c| c.is_whitespace() || c.is_control() || "/@\\[]".contains(c)) {
         return Err(AddressError::Host(host.into()));
     }
     Ok(((!host.is_empty()).then(|| host.to_owned()), port))
+}
+
+/// An IPv6 address, perhaps with its zone (RFC 4007, section 11).
+fn in_brackets(inside: &str) -> Result<&str, AddressError> {
+    let address = inside.split_once('%').map_or(inside, |(address, _zone)| address);
+    match address.parse::<Ipv6Addr>() {
+        Ok(_) => Ok(inside),
+        Err(_) => Err(AddressError::Host(inside.into())),
+    }
 }
 
 #[cfg(test)]
@@ -129,5 +142,9 @@ mod tests {
         assert_eq!(wrong("a:0"), AddressError::PortZero);
         assert_eq!(wrong("http://a:80"), AddressError::Brackets);
         assert_eq!(wrong("a/b:80"), AddressError::Host("a/b".into()));
+        assert_eq!(wrong("[example.org]:80"), AddressError::Host("example.org".into()));
+        // Found by fuzzing.
+        assert_eq!(wrong("[[0%e\0\"l53]:3"), AddressError::Host("[0%e\0\"l53".into()));
+        assert_eq!(wrong("a]b:80"), AddressError::Host("a]b".into()));
     }
 }

@@ -11,6 +11,8 @@ pub mod demo;
 pub mod dnsguard;
 pub mod doctor;
 pub mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod hook;
 pub mod lab;
 mod live;

@@ -11,5 +11,5 @@ pub mod packet;
 pub mod relay;
 pub mod shortcut;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 extern crate std;

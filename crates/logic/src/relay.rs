@@ -171,158 +171,19 @@ pub fn better_path(now: Path, window: &mut Window, kernel: bool) -> Option<(Path
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub mod model;
+
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, vec, vec::Vec};
+    use std::{vec, vec::Vec};
 
     use proptest::prelude::*;
 
-    use super::*;
-
-    /// One thing that happens to a direction, in any order.
-    #[derive(Debug, Clone)]
-    enum Step {
-        /// A segment arrives: so many old bytes again, then new ones.
-        Arrive { old: u32, new: u32 },
-        /// The program judges the next segment.
-        Judge,
-        /// The kernel puts so many redirected bytes into the other socket's queue.
-        Queue(u32),
-        /// The user side reads, and writes, as much as this.
-        Carry { read: u32, write: u32 },
-    }
-
-    /// A direction without a kernel. Bytes are known by their place in the stream.
-    struct Model {
-        first_seq: u32,
-        arrived: u64,
-        segments: VecDeque<(u64, u32)>,
-        redirected: VecDeque<(u64, u32)>,
-        passed: VecDeque<(u64, u32)>,
-        held: Option<(u64, u32)>,
-        delivered: u64,
-        told: bool,
-        checked: Option<u64>,
-        progress: Progress,
-        credit: Credit,
-    }
-
-    impl Model {
-        /// The user side has read `read` bytes of the stream before the hand-over,
-        /// among them perhaps a part of the first segment.
-        fn new(first_seq: u32, cap: u64) -> Self {
-            let progress = Progress { started: 1, base_seq: 7, last_end: first_seq, ..Progress::default() };
-            Self {
-                first_seq,
-                arrived: 0,
-                segments: VecDeque::new(),
-                redirected: VecDeque::new(),
-                passed: VecDeque::new(),
-                held: None,
-                delivered: 0,
-                told: false,
-                checked: None,
-                progress,
-                credit: Credit { cap, ..Credit::default() },
-            }
-        }
-
-        fn step(&mut self, step: &Step) {
-            match *step {
-                Step::Arrive { old, new } => {
-                    let start = self.arrived.saturating_sub(old.into());
-                    let old = (self.arrived - start) as u32;
-                    self.segments.push_back((start, old + new));
-                    self.arrived += u64::from(new);
-                }
-                Step::Judge => self.judge(),
-                Step::Queue(most) => self.queue(most),
-                Step::Carry { read, write } => self.carry(read, write),
-            }
-        }
-
-        fn write_seq(&self) -> u32 {
-            self.progress.base_seq.wrapping_add(self.delivered as u32)
-        }
-
-        fn judge(&mut self) {
-            let Some((start, len)) = self.segments.pop_front() else { return };
-            let seq = self.first_seq.wrapping_add(start as u32);
-            let old = overlap(&self.progress, seq).expect("the model leaves no gap");
-            if old >= len {
-                return;
-            }
-            self.progress.last_end = seq.wrapping_add(len);
-            let (start, len) = (start + u64::from(old), len - old);
-            match decide(&self.progress, &self.credit, self.write_seq(), len) {
-                Verdict::Redirect => {
-                    self.redirected.push_back((start, len));
-                    self.progress.redirected += u64::from(len);
-                }
-                Verdict::Pass => self.pass(start, len),
-                Verdict::PassAndTell => {
-                    self.told = true;
-                    self.pass(start, len);
-                }
-            }
-            let waiting = waiting(&self.progress, &self.credit, self.write_seq());
-            assert!(u64::from(waiting) <= self.credit.cap, "{waiting} bytes wait");
-        }
-
-        fn pass(&mut self, start: u64, len: u32) {
-            assert!(self.told, "bytes are passed and nobody knows");
-            self.passed.push_back((start, len));
-            self.progress.passed += u64::from(len);
-        }
-
-        fn queue(&mut self, most: u32) {
-            let Some((start, len)) = self.redirected.pop_front() else { return };
-            let now = len.min(most);
-            self.deliver(start, now);
-            if now < len {
-                self.redirected.push_front((start + u64::from(now), len - now));
-            }
-        }
-
-        fn carry(&mut self, read: u32, write: u32) {
-            if self.held.is_none() {
-                if self.progress.passed == self.credit.consumed {
-                    return;
-                }
-                if self.checked != Some(self.progress.redirected) {
-                    if !may_write(&self.progress, &self.credit, self.delivered) {
-                        return;
-                    }
-                    self.checked = Some(self.progress.redirected);
-                }
-                let Some((start, len)) = self.passed.pop_front() else { return };
-                let now = len.min(read.max(1));
-                if now < len {
-                    self.passed.push_front((start + u64::from(now), len - now));
-                }
-                self.held = Some((start, now));
-            }
-            let Some((start, len)) = self.held.take() else { return };
-            let now = len.min(write);
-            self.deliver(start, now);
-            self.credit.consumed += u64::from(now);
-            if now < len {
-                self.held = Some((start + u64::from(now), len - now));
-            }
-            if self.progress.passed == self.credit.consumed {
-                self.told = false;
-            }
-        }
-
-        fn deliver(&mut self, start: u64, len: u32) {
-            assert_eq!(start, self.delivered, "bytes overtook others, were lost or came twice");
-            self.delivered += u64::from(len);
-        }
-
-        fn is_drained(&self, fin: u64) -> bool {
-            is_drained(&self.progress, &self.credit, self.arrived + fin, self.delivered)
-        }
-    }
+    use super::{
+        model::{Model, Step},
+        *,
+    };
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
@@ -344,17 +205,8 @@ mod tests {
             let mut model = Model::new(first_seq, cap);
             for step in &steps {
                 model.step(step);
-                // With the FIN, whose place is after the last byte.
-                prop_assert!(!model.is_drained(1) || model.delivered == model.arrived);
             }
-            // Whatever happened, nothing is stuck: it drains when all take their turns.
-            for _ in 0..steps.len() * 200 {
-                model.step(&Step::Judge);
-                model.step(&Step::Queue(u32::MAX));
-                model.step(&Step::Carry { read: u32::MAX, write: u32::MAX });
-            }
-            prop_assert_eq!(model.delivered, model.arrived);
-            prop_assert!(model.is_drained(1));
+            model.settle(steps.len() * 200);
         }
     }
 

@@ -203,37 +203,20 @@ pub const fn forbids(habits: u32, accepted: u32) -> Option<Reason> {
     None
 }
 
+#[cfg(any(test, fuzzing))]
+pub mod model;
+
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, vec::Vec};
+    use std::vec::Vec;
 
     use proptest::prelude::*;
     use underpass_abi::shortcut::{CLIENT, SERVER};
 
-    use super::*;
-
-    /// One direction of a connection as the kernel has it: two queues, of which the
-    /// reader's own is served first, and a counter that lags behind the reader.
-    struct Model {
-        own: VecDeque<u64>,
-        tcp: VecDeque<u64>,
-        sent: u64,
-        read: u64,
-        by_tcp: u64,
-        first: u32,
-        mark: u64,
-        direction: Direction,
-        open: bool,
-    }
-
-    #[derive(Debug, Clone, Copy)]
-    enum Step {
-        Send(u32),
-        Read(usize),
-        Count,
-        Leave,
-        Enter,
-    }
+    use super::{
+        model::{Model, SMALL, Step},
+        *,
+    };
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
@@ -243,75 +226,6 @@ mod tests {
             1 => Just(Step::Leave),
             1 => Just(Step::Enter),
         ]
-    }
-
-    const SMALL: Limits = Limits { cap: 100, small: 8, streak: 3, turns: 4, turn_reads: 3, turn_bytes: 50 };
-
-    impl Model {
-        /// As far into a connection as `before` bytes that went by TCP and were read.
-        fn new(before: u64) -> Self {
-            let direction = Direction { redirected: 0, tcp: before as u32, consumed: before, streak: BY_TCP };
-            Self {
-                own: VecDeque::new(),
-                tcp: VecDeque::new(),
-                sent: before,
-                read: before,
-                by_tcp: before,
-                first: 0,
-                mark: 0,
-                direction,
-                open: true,
-            }
-        }
-
-        fn send(&mut self, len: u32) {
-            let bytes = self.sent..self.sent + u64::from(len);
-            self.sent = bytes.end;
-            self.direction.tcp = (self.by_tcp as u32).wrapping_sub(self.first);
-            let way = if self.open { self.direction.way(len, &SMALL) } else { Way::Tcp };
-            if let Way::Redirect { streak, mark } = way {
-                assert_eq!(mark, bytes.end, "the mark is where the message ends");
-                self.mark = mark;
-                self.direction.streak = streak;
-                self.direction.redirected += u64::from(len);
-                self.own.extend(bytes);
-                return;
-            }
-            self.open &= way == Way::Tcp;
-            self.direction.streak = BY_TCP;
-            self.by_tcp += u64::from(len);
-            self.tcp.extend(bytes);
-        }
-
-        fn read(&mut self, len: usize) {
-            let queue = if self.own.is_empty() { &mut self.tcp } else { &mut self.own };
-            for byte in queue.drain(..len.min(queue.len())) {
-                assert_eq!(byte, self.read, "bytes are read in the order they were sent");
-                self.read += 1;
-            }
-        }
-
-        fn step(&mut self, step: Step) {
-            match step {
-                Step::Send(len) => self.send(len),
-                Step::Read(len) => self.read(len),
-                Step::Count => self.direction.consumed = self.read,
-                Step::Leave => {
-                    self.open = false;
-                    if drained(self.mark, self.direction.consumed) {
-                        assert!(self.own.is_empty(), "what leaves the map has nothing to lose");
-                    }
-                }
-                // As the kernel side does when it puts the sender into the map.
-                Step::Enter => {
-                    if !self.open {
-                        self.direction.streak = BY_TCP;
-                        self.open = true;
-                    }
-                }
-            }
-            assert!(self.own.len() <= SMALL.cap as usize, "the reader's queue is bounded");
-        }
     }
 
     proptest! {
@@ -324,18 +238,16 @@ mod tests {
             for step in steps {
                 model.step(step);
             }
-            while model.read < model.sent {
-                model.read(usize::MAX);
-            }
+            model.settle();
         }
 
         #[test]
         fn a_reader_that_keeps_up_is_always_accelerated(lens in proptest::collection::vec(1u32..100, 1..100)) {
             let mut model = Model::new(0);
             for len in &lens {
-                model.send(*len);
-                model.read(usize::MAX);
-                model.direction.consumed = model.read;
+                model.step(Step::Send(*len));
+                model.step(Step::Read(usize::MAX));
+                model.step(Step::Count);
             }
             prop_assert_eq!(model.by_tcp, 0);
         }

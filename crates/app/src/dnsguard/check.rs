@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{BufReader, Read as _, Seek as _},
+    io::{self, BufReader, BufWriter, Read, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -65,11 +65,24 @@ struct Totals {
 }
 
 pub(super) fn check(path: &Path, rules: &Rules, json: bool) -> Result<()> {
+    let file = File::open(path)
+        .map_err(|error| Error::Usage(format!("cannot open the capture {}: {error}", path.display())))?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    judge_all(BufReader::new(file), path, rules, json, &mut out)
+}
+
+/// Judges every packet of a capture, which `path` only names.
+pub(crate) fn judge_all(
+    capture: impl Read,
+    path: &Path,
+    rules: &Rules,
+    json: bool,
+    mut out: impl Write,
+) -> Result<()> {
     let mut memory = HostMemory::new(&rules.bogus);
     let mut totals = Totals::default();
     let mut hits = [0_u64; MAX_RULES];
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    read(path, |captured| {
+    read(capture, path, |captured| {
         totals.packets += 1;
         let Some(frame) = ethernet(&captured) else {
             totals.other_link += 1;
@@ -141,7 +154,7 @@ fn word(class: Class) -> &'static str {
     }
 }
 
-fn print(out: &mut impl std::io::Write, line: &Line, json: bool) -> std::io::Result<()> {
+fn print(out: &mut impl Write, line: &Line, json: bool) -> io::Result<()> {
     if json {
         serde_json::to_writer(&mut *out, line)?;
         return writeln!(out);
@@ -158,7 +171,7 @@ fn print(out: &mut impl std::io::Write, line: &Line, json: bool) -> std::io::Res
     )
 }
 
-fn finish(out: &mut impl std::io::Write, totals: Totals, json: bool) -> std::io::Result<()> {
+fn finish(out: &mut impl Write, totals: Totals, json: bool) -> io::Result<()> {
     if json {
         serde_json::to_writer(&mut *out, &Summary { summary: totals })?;
         writeln!(out)?;
@@ -182,21 +195,18 @@ fn finish(out: &mut impl std::io::Write, totals: Totals, json: bool) -> std::io:
 }
 
 /// Calls `each` for every packet of a pcap or pcapng file.
-fn read(path: &Path, mut each: impl FnMut(Captured) -> Result<()>) -> Result<()> {
+fn read(mut capture: impl Read, path: &Path, mut each: impl FnMut(Captured) -> Result<()>) -> Result<()> {
     let shown = path.display();
-    let mut file = File::open(path)
-        .map_err(|error| Error::Usage(format!("cannot open the capture {shown}: {error}")))?;
     let mut magic = [0; 4];
     let broken = |what: &str| Error::Usage(format!("{shown} is no capture: {what}; expected pcap or pcapng"));
-    file.read_exact(&mut magic).map_err(|error| {
-        broken(&if error.kind() == std::io::ErrorKind::UnexpectedEof {
+    capture.read_exact(&mut magic).map_err(|error| {
+        broken(&if error.kind() == io::ErrorKind::UnexpectedEof {
             "it is shorter than a file header".to_owned()
         } else {
             error.to_string()
         })
     })?;
-    file.rewind().with_context(|| format!("cannot read {shown}"))?;
-    let file = BufReader::new(file);
+    let file = io::Cursor::new(magic).chain(capture);
     match magic {
         [0x0a, 0x0d, 0x0d, 0x0a] => {
             let mut reader = PcapNgReader::new(file).map_err(|error| broken(&error.to_string()))?;
@@ -229,7 +239,7 @@ fn read(path: &Path, mut each: impl FnMut(Captured) -> Result<()>) -> Result<()>
 
 /// The packet in a block, if there is one.
 #[expect(clippy::wildcard_enum_match_arm, reason = "of the many kinds of block three hold a packet")]
-fn captured(block: Block, reader: &PcapNgReader<BufReader<File>>) -> Option<Captured> {
+fn captured<R: Read>(block: Block, reader: &PcapNgReader<R>) -> Option<Captured> {
     let (time, interface, bytes) = match block {
         Block::EnhancedPacket(packet) => (packet.timestamp, packet.interface_id, packet.data),
         Block::SimplePacket(packet) => (Duration::ZERO, 0, packet.data),

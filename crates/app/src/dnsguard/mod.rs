@@ -4,7 +4,7 @@
 //! samples is in pinned maps, which the next `attach` on the interface takes over.
 
 mod attach;
-mod check;
+pub(crate) mod check;
 mod demo;
 mod doctor;
 mod export;

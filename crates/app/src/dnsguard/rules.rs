@@ -263,10 +263,20 @@ impl Rules {
     /// # Errors
     /// [`Error::Usage`] names the file, line and key that is wrong.
     pub fn new(guarded: &[Guarded], file: Option<&Path>) -> Result<Self> {
-        let config = match file {
-            Some(path) => read(path)?,
-            None => File::default(),
+        let text = match file {
+            Some(path) => fs::read_to_string(path).map_err(|error| {
+                Error::Usage(format!("cannot read the rules file {}: {error}", path.display()))
+            })?,
+            None => String::new(),
         };
+        Self::parse(guarded, &text, file)
+    }
+
+    /// The same from the text of a rules file, which `file` only names.
+    pub(crate) fn parse(guarded: &[Guarded], text: &str, file: Option<&Path>) -> Result<Self> {
+        let config: File = toml::from_str(text).map_err(|error| {
+            Error::Usage(format!("{}: {error}", file.unwrap_or(Path::new("rules")).display()))
+        })?;
         let shown = file.map_or_else(String::new, |path| format!("{}: ", path.display()));
         let bogus = bogus_addresses(&config, file)?;
         let mut settings = Box::new(Settings::EMPTY);
@@ -328,12 +338,6 @@ pub(super) fn names_in(names: &[String], mask: u32) -> Vec<&str> {
 
 fn operator(address: IpAddr) -> Operator {
     well_known().find(|(_, known)| *known == address).map_or(Operator::Unknown, |(operator, _)| operator)
-}
-
-fn read(path: &Path) -> Result<File> {
-    let text = fs::read_to_string(path)
-        .map_err(|error| Error::Usage(format!("cannot read the rules file {}: {error}", path.display())))?;
-    toml::from_str(&text).map_err(|error| Error::Usage(format!("{}: {error}", path.display())))
 }
 
 fn bogus_addresses(config: &File, rules: Option<&Path>) -> Result<Vec<IpNet>> {

@@ -12,6 +12,7 @@ use fast_socks5::{
     util::target_addr::TargetAddr,
 };
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     settings::{Proxy, Target},
@@ -98,7 +99,17 @@ async fn connect_to(address: SocketAddr) -> io::Result<tokio::net::TcpStream> {
 }
 
 async fn through(proxy: &Proxy, to: &HostPort) -> Result<tokio::net::TcpStream, DialError> {
-    let stream = connect(&proxy.address).await?;
+    ask(connect(&proxy.address).await?, proxy, to).await
+}
+
+/// Asks the proxy at the other end of a stream to reach a target.
+///
+/// # Errors
+/// What the proxy answered instead.
+pub async fn ask<S>(stream: S, proxy: &Proxy, to: &HostPort) -> Result<S, DialError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let login =
         proxy.login.clone().map(|(username, password)| AuthenticationMethod::Password { username, password });
     let target = match to.ip() {
