@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::{arbitrary, arbitrary::Arbitrary, fuzz_target};
 use underpass::watch::{
-    event::{Answer, Event, Program},
+    event::{Answer, Event, Missed, Program},
     output::{self, Clock},
     state::State,
 };
@@ -88,14 +88,8 @@ fuzz_target!(|steps: Vec<(u32, Step)>| {
             Step::FlowsRead => state.apply(Event::FlowsRead, now),
             Step::Swept => state.apply(Event::Swept, now),
             Step::Lost(count) => {
-                let count = count.into();
-                let lost = Event::Lost {
-                    events: count,
-                    flows: count,
-                    sockets: count,
-                    passages: count,
-                    packets: count,
-                };
+                let events = count.into();
+                let lost = Event::Lost(Missed { events, packets: events, ..Missed::default() });
                 state.apply(lost, now);
             }
             Step::Tick => state.tick(now),

@@ -14,5 +14,8 @@ pub fn start() {
         .with_target(false)
         .with_ansi(colours)
         .with_writer(std::io::stderr)
+        // It would tell them on stderr, and panic where that cannot be written: a full disk
+        // below a log must not end who writes it.
+        .log_internal_errors(false)
         .try_init();
 }

@@ -6,19 +6,23 @@ use std::{
     time::Duration,
 };
 
+use anyhow::anyhow;
 use fast_socks5::{
-    AuthenticationMethod, ReplyError, Socks5Command, SocksError,
+    AuthenticationMethod, ReplyError, SocksError,
     client::{Config, Socks5Stream},
     util::target_addr::TargetAddr,
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{
     settings::{Proxy, Target},
     tcp,
 };
 use crate::address::HostPort;
+
+/// Of SOCKS.
+const VERSION: u8 = 5;
 
 /// Why a target was not reached.
 #[derive(Debug, thiserror::Error)]
@@ -119,10 +123,62 @@ where
     };
     let asked = async {
         let mut stream = Socks5Stream::use_stream(stream, login, Config::default()).await?;
-        stream.request(Socks5Command::TCPConnect, target).await?;
+        request(stream.get_socket_mut(), &target).await?;
         Ok(stream.get_socket())
     };
     asked.await.map_err(|error| DialError::Proxy { proxy: proxy.address.clone(), what: explain(&error, to) })
+}
+
+/// Asks for a connection and reads the reply (RFC 1928, sections 4 to 6). The crate's own
+/// panics on a reply that the RFC does not have.
+async fn request(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    to: &TargetAddr,
+) -> Result<(), SocksError> {
+    const CONNECT: u8 = 1;
+    const IPV4: u8 = 1;
+    const NAME: u8 = 3;
+    const IPV6: u8 = 4;
+    let mut message = vec![VERSION, CONNECT, 0];
+    let port = match to {
+        TargetAddr::Ip(SocketAddr::V4(to)) => {
+            message.push(IPV4);
+            message.extend(to.ip().octets());
+            to.port()
+        }
+        TargetAddr::Ip(SocketAddr::V6(to)) => {
+            message.push(IPV6);
+            message.extend(to.ip().octets());
+            to.port()
+        }
+        TargetAddr::Domain(name, port) => {
+            let length =
+                u8::try_from(name.len()).map_err(|_| SocksError::ExceededMaxDomainLen(name.len()))?;
+            message.extend([NAME, length]);
+            message.extend(name.bytes());
+            *port
+        }
+    };
+    message.extend(port.to_be_bytes());
+    stream.write_all(&message).await?;
+    let mut reply = [0; 4];
+    stream.read_exact(&mut reply).await?;
+    let [version, code, _, kind] = reply;
+    match (version, code) {
+        (VERSION, 0) => {}
+        (VERSION, 1..=8) => return Err(ReplyError::from_u8(code).into()),
+        (VERSION, _) => return Err(anyhow!("reply {code}").into()),
+        (version, _) => return Err(SocksError::UnsupportedSocksVersion(version)),
+    }
+    // The proxy's own address, which is of no use here.
+    let length = match kind {
+        IPV4 => 4,
+        IPV6 => 16,
+        NAME => usize::from(stream.read_u8().await?),
+        _ => return Err(anyhow!("an address of type {kind}").into()),
+    };
+    stream.read_exact(&mut vec![0; length + 2]).await?;
+    Ok(())
 }
 
 /// What a proxy's answer means, for people. Nothing of the login is in it.
@@ -150,11 +206,50 @@ fn explain(error: &SocksError, to: &HostPort) -> String {
         SocksError::UnsupportedSocksVersion(version) => {
             format!("does not speak SOCKS5: its answer begins with byte {version}, not 5")
         }
+        SocksError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "broke off in the middle of its answer".into()
+        }
         SocksError::Io(error) => format!("broke off: {error}"),
         SocksError::Other(other) => match other.chain().find_map(|cause| cause.downcast_ref::<io::Error>()) {
             Some(error) => format!("broke off: {error}"),
             None => format!("answered with something that is not SOCKS5: {other}"),
         },
         other => format!("answered with something that is not SOCKS5: {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is said of a proxy that sends this, all at once.
+    fn said(answer: &[u8]) -> Result<(), String> {
+        let proxy: Proxy = "socks5://p:1".parse().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (ours, mut theirs) = tokio::io::duplex(1 << 10);
+            theirs.write_all(answer).await.unwrap();
+            theirs.shutdown().await.unwrap();
+            let asked = ask(ours, &proxy, &"192.0.2.1:80".parse().unwrap()).await;
+            asked.map(drop).map_err(|error| error.to_string())
+        })
+    }
+
+    #[test]
+    fn every_reply_is_understood_or_refused() {
+        const ADDRESS: [u8; 7] = [1, 0, 0, 0, 0, 0, 0];
+        let reply = |code| [&[5, 0, 5, code, 0][..], &ADDRESS].concat();
+        assert_eq!(said(&reply(0)), Ok(()));
+        assert!(said(&reply(5)).unwrap_err().contains("was refused by 192.0.2.1:80 (reply 5)"));
+        // Found by fuzzing: the crate panics on it.
+        for code in 9..=255 {
+            let error = said(&reply(code)).unwrap_err();
+            assert!(error.contains(&format!("not SOCKS5: reply {code}")), "{error}");
+        }
+        let whole = reply(0);
+        for end in 4..whole.len() {
+            let error = said(&whole[..end]).unwrap_err();
+            assert!(error.contains("broke off in the middle"), "{end}: {error}");
+        }
     }
 }

@@ -298,3 +298,29 @@ fn without_privileges_low_ports_are_refused() {
     assert_eq!(relay.wait().code(), Some(3));
     relay.line("cannot listen on :80: ports below 1024 need CAP_NET_BIND_SERVICE");
 }
+
+/// A full disk below the log must not end what is logged.
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let hosts = Hosts::new();
+    let target = hosts.listen(Family::V4);
+    let mut command = underpass();
+    command.args(["relay", "--listen", "10.0.1.2:4000", "--log-connections"]);
+    command.args(["--to", &target.local_addr().unwrap().to_string()]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut relay = hosts.relay.spawn(command.stderr(full)).unwrap();
+    let to = "10.0.1.2:4000".parse().unwrap();
+    let mut client = None;
+    eventually("it listens", || {
+        client = connect(&hosts.client, to).ok();
+        client.is_some()
+    });
+    for _ in 0..3 {
+        let client = client.take().unwrap_or_else(|| connect(&hosts.client, to).unwrap());
+        let server = accept(&target);
+        exchange(&client, &server, &mut Stream::new(1), &mut Stream::new(2), 1000);
+    }
+    assert!(matches!(relay.try_wait(), Ok(None)), "it has ended");
+    relay.kill().unwrap();
+    relay.wait().unwrap();
+}
