@@ -9,7 +9,7 @@ use underpass_abi::dnsguard::{
 use underpass_logic::{
     dns,
     dnsguard::{Memory, judge, note_query},
-    packet::{Packet as _, ip::Address, udp::Datagram},
+    packet::{ip::Address, udp::Datagram},
 };
 
 /// One slot of each kind: what is under test is the reading, not the forgetting.

@@ -47,7 +47,20 @@ const STEPS: &[Step] = &[
     slow(tests("logic", "unit", "underpass_logic-lib", &[], &[])),
     tests("lab", "net", "net", &["lab::"], &[]),
     // One family is enough where it is the kernel that differs.
-    tests("relay", "ends", "net", &["early_bytes::", "fin_first::", "reset_by_the"], &["::kernel", "_ipv6"]),
+    tests(
+        "relay",
+        "ends",
+        "net",
+        &["early_bytes::auto", "fin_first::auto", "reset_by_the_server::auto", "reset_by_the_server::splice"],
+        &["_ipv6"],
+    ),
+    slow(tests(
+        "relay",
+        "ends more",
+        "net",
+        &["early_bytes::", "fin_first::", "reset_by_the"],
+        &["::kernel", "_ipv6", "::auto"],
+    )),
     slow(tests(
         "relay",
         "hazards",
@@ -80,7 +93,8 @@ const STEPS: &[Step] = &[
         needs_peers: true,
         ..slow(tests("relay", "pair", "net", &["relay::pair::"], &["::copy", "::splice", "socat"]))
     },
-    tests("mux", "prog_run", "prog_run", &["mux::"], &[]),
+    tests("mux", "prog_run", "prog_run", &["mux::hits_move", "mux::replies_leave"], &[]),
+    slow(tests("mux", "prog_run more", "prog_run", &["mux::"], &["hits_move", "replies_leave"])),
     // Each hook, with real datagrams, both families.
     Step {
         needs_peers: true,
@@ -109,8 +123,8 @@ const STEPS: &[Step] = &[
             &["real_servers", "cut_at_every_byte"],
         ))
     },
-    tests("dnsguard", "prog_run", "prog_run", &["dnsguard::"], &["mutated", "hundred_thousand"]),
-    slow(tests("dnsguard", "prog_run more", "prog_run", &["dnsguard::"], &[])),
+    tests("dnsguard", "prog_run", "prog_run", &["dnsguard::every_known", "dnsguard::tags_and"], &[]),
+    slow(tests("dnsguard", "prog_run more", "prog_run", &["dnsguard::"], &["every_known", "tags_and"])),
     // Attaches and detaches, with an injector on the wire.
     command("dnsguard", "guards", &["demo", "--json", "--only", "dnsguard"]),
     Step {

@@ -9,6 +9,7 @@ mod lab;
 mod mux;
 mod relay;
 mod shortcut;
+mod soak;
 mod watch;
 mod watch_gateway;
 mod watch_kinds;
