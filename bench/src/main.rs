@@ -11,6 +11,7 @@ mod relay;
 mod report;
 mod shortcut;
 mod watch;
+mod watch_web;
 
 use clap::{Parser, Subcommand};
 
@@ -28,6 +29,8 @@ enum Bench {
     Relay(relay::Args),
     /// What watching costs, beside bpftrace, tcplife and events per packet
     Watch(report::Args),
+    /// What the page of watch costs, and how fluid it is
+    WatchWeb(report::Args),
     /// Local connections with and without the shortcut, and over Unix sockets
     Shortcut(report::Args),
     /// The packet library beside C and network-types
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
     match cli.bench {
         Bench::Relay(args) => relay::run(&args),
         Bench::Watch(args) => watch::run(&args),
+        Bench::WatchWeb(args) => watch_web::run(&args),
         Bench::Shortcut(args) => shortcut::run(&args),
         Bench::Packet(args) => packet::run(&args),
         Bench::Dnsguard(args) => dnsguard::run(&args),

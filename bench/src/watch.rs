@@ -412,13 +412,20 @@ impl Drop for Program {
 }
 
 /// A watcher at work, or nobody.
-struct Running {
+pub struct Running {
     watcher: Option<(Program, thread::JoinHandle<String>)>,
 }
 
 impl Running {
     fn start(watcher: Watcher, namespace: &Namespace) -> Result<Self> {
-        let Some(mut command) = watcher.command()? else { return Ok(Self { watcher: None }) };
+        match watcher.command()? {
+            Some(command) => Self::begin(command, &watcher.to_string(), namespace),
+            None => Ok(Self { watcher: None }),
+        }
+    }
+
+    /// Starts a command that watches.
+    pub fn begin(mut command: Command, watcher: &str, namespace: &Namespace) -> Result<Self> {
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = namespace.spawn(&mut command).with_context(|| format!("cannot start {watcher}"))?;
         let mut errors = child.stderr.take().context("no stderr")?;
@@ -438,7 +445,7 @@ impl Running {
     }
 
     /// The seconds of user and of system time that it has spent.
-    fn cpu(&self) -> Result<(f64, f64)> {
+    pub fn cpu(&self) -> Result<(f64, f64)> {
         let Some((program, _)) = &self.watcher else { return Ok((0.0, 0.0)) };
         let stat = fs::read_to_string(format!("/proc/{}/stat", program.child.id()));
         let stat = stat.context("the watcher has ended")?;
@@ -448,7 +455,8 @@ impl Running {
         Ok((ticks(11).context("no CPU time")? / 100.0, ticks(12).context("no CPU time")? / 100.0))
     }
 
-    fn resident_mib(&self) -> Result<f64> {
+    /// What it holds in memory.
+    pub fn resident_mib(&self) -> Result<f64> {
         let Some((program, _)) = &self.watcher else { return Ok(0.0) };
         let status = fs::read_to_string(format!("/proc/{}/status", program.child.id()))?;
         let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
@@ -456,7 +464,7 @@ impl Running {
     }
 
     /// Ends it as a user would; what it wrote to stderr.
-    fn end(self) -> Result<String> {
+    pub fn end(self) -> Result<String> {
         let Some((mut program, notes)) = self.watcher else { return Ok(String::new()) };
         kill(Pid::from_raw(program.child.id().cast_signed()), Signal::SIGINT)?;
         program.child.wait()?;

@@ -7,6 +7,9 @@
 //!    `libstd-rust-web-dev-bpf`), with `RUSTC_BOOTSTRAP=1`.
 //!
 //! Both need `bpf-linker` in the PATH or in cargo's bin folder.
+//!
+//! And builds the page of `watch --web` (ui/) by npm, which `src/watch/web/assets.rs`
+//! carries. Without npm the binary has no page and says so.
 
 use std::{
     env,
@@ -15,6 +18,9 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
+
+/// The database that ui/build/pack.ts puts beside the page.
+const COUNTRIES: &str = "countries.mmdb";
 
 const TARGET: &str = "bpfel-unknown-none";
 /// Programs are compiled for the instruction set of Linux 5.1 and up.
@@ -28,6 +34,88 @@ fn main() {
     }
     let out = PathBuf::from(var("OUT_DIR"));
     build(&crates.join("kernel"), &out);
+    for input in ["src", "build", "public", "index.html", "login.html", "package-lock.json", "vite.config.ts"]
+    {
+        println!("cargo:rerun-if-changed={}", manifest.join("ui").join(input).display());
+    }
+    build_page(&manifest.join("ui"), &out);
+}
+
+/// Builds the page into `OUT_DIR/ui`, every file packed, and lists what there is in
+/// `OUT_DIR/web_assets.rs`.
+fn build_page(ui: &Path, out: &Path) {
+    let built = out.join("ui");
+    let list = if Command::new("npm").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        install_packages(ui);
+        npm(ui, &["run", "--silent", "build", "--", "--outDir"], Some(&built));
+        let mut files = vec![];
+        collect(&built, &built, &mut files);
+        files.sort();
+        files
+    } else {
+        println!(
+            "cargo:warning=no npm: `watch --web` will have no page and know no countries; run ./dev setup"
+        );
+        vec![]
+    };
+    let entry = |name: &str| format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/ui/{name}.gz\"))");
+    let (countries, files): (Vec<_>, Vec<_>) = list.iter().partition(|name| *name == COUNTRIES);
+    let file = |name: &&String| format!("    (\"/{name}\", \"{}\", {}),\n", mime(name), entry(name));
+    let files: String = files.iter().map(file).collect();
+    let countries = countries.first().map(|name| format!("Some({})", entry(name)));
+    let source = format!(
+        "const FILES: &[(&str, &str, &[u8])] = &[\n{files}];\npub const COUNTRIES: Option<&[u8]> = {};\n",
+        countries.as_deref().unwrap_or("None")
+    );
+    fs::write(out.join("web_assets.rs"), source).expect("OUT_DIR can be written");
+}
+
+/// What package-lock.json says, once; another build waits for it.
+fn install_packages(ui: &Path) {
+    let lock = fs::File::open(ui.join("package-lock.json")).expect("ui/package-lock.json");
+    lock.lock().expect("a lock on ui/package-lock.json");
+    let modified = |file: &str| fs::metadata(ui.join(file)).and_then(|metadata| metadata.modified()).ok();
+    if modified("node_modules/.package-lock.json") < modified("package-lock.json") {
+        npm(ui, &["ci", "--silent", "--no-audit", "--no-fund"], None);
+        // npm keeps the time at which the packages were made.
+        let done = fs::File::options().write(true).open(ui.join("node_modules/.package-lock.json"));
+        done.and_then(|file| file.set_modified(std::time::SystemTime::now()))
+            .expect("npm has installed packages");
+    }
+}
+
+fn npm(ui: &Path, args: &[&str], last: Option<&Path>) {
+    let status = Command::new("npm").current_dir(ui).args(args).args(last).status();
+    let status = status.unwrap_or_else(|e| panic!("cannot start npm: {e}"));
+    assert!(status.success(), "npm {} failed: the page of `watch --web` did not build", args.join(" "));
+}
+
+/// The names of packed files below a folder, without `.gz`.
+fn collect(root: &Path, folder: &Path, into: &mut Vec<String>) {
+    for entry in
+        fs::read_dir(folder).unwrap_or_else(|e| panic!("npm built nothing into {}: {e}", folder.display()))
+    {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            collect(root, &path, into);
+        } else if let Some(name) =
+            path.strip_prefix(root).ok().and_then(Path::to_str).and_then(|n| n.strip_suffix(".gz"))
+        {
+            into.push(name.to_owned());
+        }
+    }
+}
+
+fn mime(name: &str) -> &'static str {
+    match name.rsplit('.').next() {
+        Some("html") => "text/html; charset=utf-8",
+        Some("js") => "text/javascript; charset=utf-8",
+        Some("css") => "text/css; charset=utf-8",
+        Some("svg") => "image/svg+xml",
+        Some("txt") => "text/plain; charset=utf-8",
+        Some("json") => "application/json",
+        _ => panic!("ui builds {name}: mime() in build.rs does not know its type"),
+    }
 }
 
 fn build(kernel: &Path, out: &Path) {

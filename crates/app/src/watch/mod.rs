@@ -14,6 +14,7 @@ mod programs;
 mod reverse;
 mod screen;
 pub mod state;
+mod web;
 
 use std::{
     collections::HashSet,
@@ -42,6 +43,7 @@ use self::{
     reverse::Reverse,
     screen::{Answer, Screen},
     state::State,
+    web::Web,
 };
 use crate::{
     doctor,
@@ -81,6 +83,8 @@ pub struct Args {
     /// Leave out connections to the loopback addresses
     #[arg(long)]
     no_loopback: bool,
+    #[command(flatten)]
+    web: web::Args,
 }
 
 /// Addresses with a common beginning.
@@ -139,6 +143,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.interval < Duration::from_millis(10) {
         return Err(Error::Usage("--interval takes at least 10ms".to_owned()));
     }
+    let web = args.web.prepare()?;
     let programs = Programs::attach(&filter).map_err(|error| Error::Unable(format!("{error:#}")))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -146,7 +151,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .context("cannot start the runtime")?;
     let gateway = args.interface.as_ref().map(|name| Gateway::attach(name, args.packets, filter));
     let gateway = gateway.transpose().map_err(|error| Error::Unable(format!("{error:#}")))?;
-    runtime.block_on(Watch::begin(programs, gateway, args)?.go())?;
+    runtime.block_on(Watch::begin(programs, gateway, web, args)?.go())?;
     Ok(())
 }
 
@@ -184,6 +189,7 @@ struct Watch<'a> {
     programs: Programs,
     gateway: Option<Gateway>,
     reverse: Option<Reverse>,
+    web: Option<Web>,
     state: State,
     args: &'a Args,
     clock: Clock,
@@ -194,13 +200,19 @@ struct Watch<'a> {
 const DRAIN: Duration = Duration::from_millis(200);
 
 impl<'a> Watch<'a> {
-    fn begin(programs: Programs, gateway: Option<Gateway>, args: &'a Args) -> Result<Self> {
+    fn begin(
+        programs: Programs,
+        gateway: Option<Gateway>,
+        web: Option<web::Ready>,
+        args: &'a Args,
+    ) -> Result<Self> {
         let missed = programs.missed()?;
         let mut watch = Self {
             terminal: None,
             programs,
             gateway,
             reverse: args.reverse.then(Reverse::start),
+            web: None,
             state: State::default(),
             args,
             clock: Clock::now(),
@@ -211,6 +223,11 @@ impl<'a> Watch<'a> {
         }
         watch.seed()?;
         drop_capabilities()?;
+        // Its thread has no more rights than this one.
+        if let Some(web) = web {
+            let missing = watch.programs.missing.clone();
+            watch.web = Some(web.start(watch.clock, args.interval, missing, args.interface.clone())?);
+        }
         Ok(watch)
     }
 
@@ -257,8 +274,13 @@ impl<'a> Watch<'a> {
             timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
         if !self.args.json && io::stdout().is_terminal() && io::stdin().is_terminal() {
-            self.terminal = Some(Terminal::open(self.programs.missing.clone()));
+            let page = self.web.iter().map(|web| format!("the page is at {}", web.url));
+            let missing = self.programs.missing.iter().map(|missing| format!("missing: {missing}"));
+            self.terminal = Some(Terminal::open(page.chain(missing).collect()));
         } else {
+            if let Some(web) = &self.web {
+                tell(format_args!("the page is at {}", web.url));
+            }
             tell(format_args!("watching"));
         }
         loop {
@@ -335,7 +357,11 @@ impl<'a> Watch<'a> {
         }
         self.state.tick(now);
         self.draw()?;
-        self.print()
+        let goes_on = self.print()?;
+        if let Some(web) = &self.web {
+            web.look(&self.state)?;
+        }
+        Ok(goes_on)
     }
 
     /// Takes in what has passed, and says how many flows and packets were missed.
@@ -373,6 +399,9 @@ impl<'a> Watch<'a> {
 
     fn print(&mut self) -> anyhow::Result<bool> {
         let lines = self.state.take_lines();
+        if let Some(web) = &self.web {
+            web.told(&lines);
+        }
         let packets = self.gateway.as_mut().map(Gateway::packets).unwrap_or_default();
         if self.terminal.is_some() || (lines.is_empty() && packets.is_empty()) {
             return Ok(true);

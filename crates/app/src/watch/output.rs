@@ -26,7 +26,8 @@ impl Clock {
         Self { zero: SystemTime::now() - Duration::from_nanos(boot_time()) }
     }
 
-    fn wall(self, boot: u64) -> SystemTime {
+    /// The wall clock at that time of the boot clock.
+    pub fn wall(self, boot: u64) -> SystemTime {
         self.zero + Duration::from_nanos(boot)
     }
 }
@@ -88,7 +89,7 @@ struct Json<'a> {
 
 /// What was missed since the start, in the event `lost`.
 #[derive(Debug, Serialize)]
-struct LostJson {
+pub struct LostJson {
     events: u64,
     names: u64,
     changes: u64,
@@ -282,7 +283,8 @@ fn event(what: What) -> &'static str {
     }
 }
 
-fn direction_word(report: &Connection) -> Option<&'static str> {
+/// Who opened it; `None` where that is not known.
+pub fn direction_word(report: &Connection) -> Option<&'static str> {
     match report.direction {
         direction::OUTBOUND => Some("outbound"),
         direction::INBOUND => Some("inbound"),

@@ -266,7 +266,7 @@ impl Screen {
         lines.push(Line::from("<> passes through this host."));
         lines.push(Line::from("A process in (brackets) listens; nobody has used the"));
         lines.push(Line::from("connection yet. [brackets] are threads of the kernel."));
-        lines.extend(self.notes.iter().map(|note| Line::from(format!("missing: {note}"))));
+        lines.extend(self.notes.iter().map(|note| Line::from(note.clone())));
         lines
     }
 

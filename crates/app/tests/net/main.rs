@@ -15,3 +15,4 @@ mod watch_gateway;
 mod watch_kinds;
 mod watch_losses;
 mod watch_owners;
+mod watch_web;
