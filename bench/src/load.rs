@@ -9,7 +9,7 @@ use std::{
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -444,14 +444,20 @@ pub fn pin(cpu: Option<usize>) -> io::Result<()> {
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
-/// What all CPUs together have spent on work since the system started.
+/// What all CPUs together have spent on work since some moment: the time that has
+/// passed without what they were idle. The kernel takes the time of each idle period
+/// (with NO_HZ), but looks only at its ticks who is at work, and misses most of what
+/// wakes up, works for some microseconds and sleeps again.
 pub fn cpu_seconds() -> Result<f64> {
+    static START: OnceLock<Instant> = OnceLock::new();
     let stat = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    let passed = START.get_or_init(Instant::now).elapsed().as_secs_f64();
+    let cpus = stat.lines().filter(|line| line.starts_with("cpu") && !line.starts_with("cpu ")).count();
     let fields: Vec<f64> =
         stat.lines().next().unwrap_or("").split_whitespace().skip(1).filter_map(|f| f.parse().ok()).collect();
-    // user nice system idle iowait irq softirq, in hundredths of a second
-    let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
+    // user nice system idle iowait ..., in hundredths of a second
+    let [_, _, _, idle, iowait, ..] = fields[..] else {
         anyhow::bail!("/proc/stat has no line of CPU times")
     };
-    Ok((user + nice + system + irq + softirq) / 100.0)
+    Ok(passed * cpus as f64 - (idle + iowait) / 100.0)
 }

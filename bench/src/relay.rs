@@ -123,7 +123,7 @@ impl Bench {
             a.address(name, at_a, 24)?;
             b.address(name, at_b, 24)?;
         }
-        let time = Duration::from_millis(if args.report.quick { 500 } else { 1500 });
+        let time = Duration::from_millis(if args.report.quick { 500 } else { 1000 });
         let base = Subject::Direct.to_string();
         let table = |title: &str, note: &str, measures: &[Measure]| {
             Table::new(title, note, measures.to_vec()).base(base.clone())

@@ -39,18 +39,20 @@ pub struct TcpField(u32);
 impl TcpField {
     /// To be set before loading.
     pub const UNSET: Self = Self(0);
+}
 
-    /// Reads the field, a u32, of a socket.
-    ///
-    /// # Safety
-    /// `tcp` comes from `bpf_skc_to_tcp_sock` and is not null.
+/// A TCP socket that the kernel keeps while it is looked at.
+pub struct Tcp(*const tcp_sock);
+
+impl Tcp {
+    /// Reads a field, a u32.
     #[inline(always)]
-    unsafe fn read(&'static self, tcp: *const tcp_sock) -> u32 {
-        // SAFETY: the offset is a constant to the verifier, which checks that a u32
-        // lies there.
+    pub fn read(&self, field: &'static TcpField) -> u32 {
+        // SAFETY: the pointer is one that `bpf_skc_to_tcp_sock` gave; the offset is a
+        // constant to the verifier, which checks that a u32 lies there.
         unsafe {
-            let offset = core::ptr::read_volatile(&raw const self.0) as usize;
-            tcp.cast::<u8>().add(offset).cast::<u32>().read_volatile()
+            let offset = core::ptr::read_volatile(&raw const field.0) as usize;
+            self.0.cast::<u8>().add(offset).cast::<u32>().read_volatile()
         }
     }
 }
@@ -59,19 +61,19 @@ impl TcpField {
 #[inline(always)]
 pub fn source(ctx: &SkBuffContext, field: &'static TcpField) -> Option<u32> {
     // SAFETY: the kernel keeps the segment's socket while the program runs.
-    unsafe {
+    let tcp = unsafe {
         let socket = (*ctx.skb.skb).__bindgen_anon_2.sk;
         if socket.is_null() {
             return None;
         }
-        let tcp = bpf_skc_to_tcp_sock(socket.cast());
-        if tcp.is_null() { None } else { Some(field.read(tcp)) }
-    }
+        bpf_skc_to_tcp_sock(socket.cast())
+    };
+    if tcp.is_null() { None } else { Some(Tcp(tcp).read(field)) }
 }
 
-/// A field of the socket that `sockets` has under `cookie`.
+/// Looks at the socket that `sockets` has under `cookie`.
 #[inline(always)]
-pub fn member(sockets: &'static SockHash<u64>, cookie: u64, field: &'static TcpField) -> Option<u32> {
+pub fn member<T>(sockets: &'static SockHash<u64>, cookie: u64, look: impl FnOnce(&Tcp) -> T) -> Option<T> {
     // SAFETY: the helper takes a map and a key of its size.
     let socket = unsafe {
         bpf_map_lookup_elem(
@@ -86,7 +88,7 @@ pub fn member(sockets: &'static SockHash<u64>, cookie: u64, field: &'static TcpF
     // below on every way.
     unsafe {
         let tcp = bpf_skc_to_tcp_sock(socket.cast());
-        let value = if tcp.is_null() { None } else { Some(field.read(tcp)) };
+        let value = if tcp.is_null() { None } else { Some(look(&Tcp(tcp))) };
         bpf_sk_release(socket.cast());
         value
     }

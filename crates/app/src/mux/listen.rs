@@ -35,7 +35,7 @@ use crate::{
         engine::Engine,
         report::Counts,
         serve::{Refusals, listen, raise_descriptor_limit, readable},
-        settings::{PathArg, time},
+        settings::{ConnectionArgs, time},
     },
     status::Item,
 };
@@ -80,21 +80,8 @@ pub struct Args {
     /// So many connections may be undecided at a time; what comes on top is decided at once
     #[arg(long, value_name = "N", default_value_t = 4096)]
     max_undecided: usize,
-    /// Which way the bytes take once the target is known
-    #[arg(long, value_enum, default_value_t = PathArg::Auto)]
-    path: PathArg,
-    /// How long reaching a target may take
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
-    connect_timeout: Duration,
-    /// End connections on which nothing moved for so long
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = time)]
-    idle_timeout: Duration,
-    /// How long connections may take to finish once this is told to stop
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
-    grace: Duration,
-    /// Log a line for each connection instead of a summary a minute
-    #[arg(long)]
-    log_connections: bool,
+    #[command(flatten)]
+    connections: ConnectionArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -163,13 +150,14 @@ async fn connections(args: &Args, routes: Vec<Route<HostPort>>) -> Result<()> {
         most: raise_descriptor_limit(),
         undecided: args.max_undecided,
         peek: args.peek_timeout,
-        connect: args.connect_timeout,
-        idle: args.idle_timeout,
+        connect: args.connections.connect_timeout,
+        idle: args.connections.idle_timeout,
     };
     let listener = listen(&args.listen).await?;
-    let engine = Engine::start(args.path.choice()?)?;
+    let engine = Engine::start(args.connections.path.choice()?)?;
     let kernel = engine.kernel.clone();
-    let connections = Connections::new(routes, args.default.clone(), engine, limits, args.log_connections);
+    let connections =
+        Connections::new(routes, args.default.clone(), engine, limits, args.connections.log_connections);
     announce(&listener, "connection", &kernel)?;
     serve(args, listener, &connections).await?;
     connections.engine.stop();
@@ -183,7 +171,7 @@ async fn messages(args: &Args, plan: Plan) -> Result<()> {
     let most = raise_descriptor_limit();
     let listener = listen(&args.listen).await?;
     announce(&listener, "message", "not used: messages are sorted in this process")?;
-    let messages = Messages::new(plan, most, args.log_connections);
+    let messages = Messages::new(plan, most, args.connections.log_connections);
     serve(args, listener, &messages).await?;
     messages.log();
     Ok(())
@@ -254,14 +242,14 @@ async fn serve<T: Taker>(args: &Args, listener: TcpListener, taker: &Arc<T>) -> 
                 warn!("not listed by `underpass status`: {why:#}");
             }
             result = accept(&listener, taker, &mut refusals) => result.context("cannot accept")?,
-            _ = summary.tick(), if !args.log_connections => taker.log(),
+            _ = summary.tick(), if !args.connections.log_connections => taker.log(),
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
     }
     drop(listener);
-    info!(open = taker.counts().open.load(Relaxed), grace = ?args.grace, "stopping");
-    drain(taker.counts(), args.grace).await;
+    info!(open = taker.counts().open.load(Relaxed), grace = ?args.connections.grace, "stopping");
+    drain(taker.counts(), args.connections.grace).await;
     Ok(())
 }
 
@@ -330,8 +318,8 @@ fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
         default,
         when_full: args.when_full,
         invalid: args.invalid,
-        connect_timeout: args.connect_timeout,
-        idle_timeout: args.idle_timeout,
+        connect_timeout: args.connections.connect_timeout,
+        idle_timeout: args.connections.idle_timeout,
     })
 }
 

@@ -212,6 +212,10 @@ fn explain(error: &SocksError, to: &HostPort) -> String {
         SocksError::Io(error) => format!("broke off: {error}"),
         SocksError::Other(other) => match other.chain().find_map(|cause| cause.downcast_ref::<io::Error>()) {
             Some(error) => format!("broke off: {error}"),
+            // The crate makes a text of some errors: tokio's for an end that came too soon.
+            None if format!("{other:#}").contains("early eof") => {
+                "broke off in the middle of its answer".into()
+            }
             None => format!("answered with something that is not SOCKS5: {other}"),
         },
         other => format!("answered with something that is not SOCKS5: {other}"),

@@ -1,8 +1,8 @@
 //! The workers of a relay, and which paths they may use.
 
 use std::{
-    net::TcpStream,
-    sync::atomic::{AtomicUsize, Ordering},
+    net::{TcpListener, TcpStream},
+    sync::Arc,
     thread::available_parallelism,
 };
 
@@ -12,7 +12,7 @@ use super::{
     Choice,
     kernel::Kernel,
     probe,
-    worker::{Job, Open, Worker},
+    worker::{Accepted, Door, Job, Open, Worker},
 };
 use crate::error::{Error, Result};
 
@@ -20,7 +20,6 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Engine {
     workers: Vec<Worker>,
-    next: AtomicUsize,
     /// The paths that new connections may use.
     pub choice: Choice,
     /// Why the kernel path is used or not.
@@ -45,13 +44,42 @@ impl Engine {
                 Err(error) => (plain(count)?, choice.without_kernel(), format!("not used: {error:#}")),
             },
         };
-        Ok(Self { workers, next: AtomicUsize::new(0), choice, kernel })
+        Ok(Self { workers, choice, kernel })
     }
 
-    /// Carries a connection to its end.
+    /// Carries a connection to its end, on the worker that has the fewest.
     pub fn carry(&self, job: Job) {
-        let next = self.next.fetch_add(1, Ordering::Relaxed);
-        self.workers[next % self.workers.len()].carry(job);
+        let least = self.workers.iter().min_by_key(|worker| worker.load());
+        least.expect("there is a worker for each CPU").carry(job);
+    }
+
+    /// Lets the workers accept clients themselves. `take` turns each into a job, which
+    /// stays with the worker that accepted it, unless another has a good deal less to do:
+    /// waking that one costs more than a small difference.
+    pub fn open(
+        &self,
+        listener: &Arc<TcpListener>,
+        take: impl Fn(Accepted) -> Option<Job> + Clone + Send + Sync + 'static,
+    ) {
+        for (at, worker) in self.workers.iter().enumerate() {
+            let (take, workers) = (take.clone(), self.workers.clone());
+            let place = move |accepted| {
+                let job = take(accepted)?;
+                let load = |worker: &&Worker| worker.load();
+                let least = workers.iter().min_by_key(load)?;
+                if workers[at].load() <= least.load() + least.load() / 4 {
+                    return Some(job);
+                }
+                least.carry(job);
+                None
+            };
+            worker.open(Door { listener: Arc::clone(listener), take: Arc::new(place) });
+        }
+    }
+
+    /// Accepts no more clients.
+    pub fn close_door(&self) {
+        self.workers.iter().for_each(Worker::close_door);
     }
 
     /// Tells of the open connections.

@@ -74,11 +74,16 @@ impl Kernel {
     pub fn load() -> Result<Self> {
         require(&[Capability::Bpf, Capability::NetAdmin])?;
         let btf = Btf::of_the_kernel()?;
-        let write_seq = btf.field("tcp_sock", "write_seq")?;
-        let copied_seq = btf.field("tcp_sock", "copied_seq")?;
+        let fields = [
+            ("WRITE_SEQ", btf.field("tcp_sock", "write_seq")?),
+            ("COPIED_SEQ", btf.field("tcp_sock", "copied_seq")?),
+            ("SNDBUF", btf.field("sock", "sk_sndbuf")?),
+            ("WMEM_QUEUED", btf.field("sock", "sk_wmem_queued")?),
+        ];
         let mut loader = EbpfLoader::new();
-        loader.override_global("WRITE_SEQ", &write_seq, true);
-        loader.override_global("COPIED_SEQ", &copied_seq, true);
+        for (name, offset) in &fields {
+            loader.override_global(name, offset, true);
+        }
         for map in ["SOCKETS", "PEERS", "COOKIE_TO_SLOT", "PROGRESS", "CREDITS"] {
             loader.map_max_entries(map, SLOTS);
         }
@@ -137,6 +142,7 @@ impl Kernel {
 
     fn prepare(&mut self, slot: u32, socket: &TcpStream) -> Result<Joined> {
         let cookie = SockRef::from(socket).cookie().context("no cookie (SO_COOKIE, Linux 4.12)")?;
+        tcp::fix_send_queue(socket).context("the send queue cannot be widened (SO_SNDBUFFORCE)")?;
         let base = tcp::baseline(socket)?.context("the connection is too busy to be handed over")?;
         self.progress.clear(slot);
         self.credits.clear(slot, CAP);

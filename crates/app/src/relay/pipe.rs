@@ -6,7 +6,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 
 /// What a pipe should hold; an unprivileged user may get less
 /// (`/proc/sys/fs/pipe-user-pages-soft`).
-const SIZE: i32 = 1 << 20;
+const SIZE: i32 = 256 << 10;
 /// More idle pipes than this are closed: each holds two descriptors.
 const KEPT: usize = 64;
 

@@ -3,19 +3,20 @@
 use std::{
     fs::File,
     io,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     time::MissedTickBehavior,
 };
 use tracing::{info, warn};
@@ -23,11 +24,11 @@ use tracing::{info, warn};
 use super::{
     Args, End,
     dial::{self, dial},
-    engine::{Engine, prepare},
+    engine::Engine,
     report::{self, Counts},
     settings::{Settings, Target, To},
     tcp,
-    worker::Job,
+    worker::{Accepted, Job},
 };
 use crate::{
     address::{HostPort, Listen},
@@ -70,6 +71,7 @@ struct Relay {
     most: usize,
     /// When a target that cannot be reached was last told of.
     told: Mutex<Option<Instant>>,
+    refusals: Mutex<Refusals>,
 }
 
 impl Relay {
@@ -89,6 +91,7 @@ impl Relay {
             counts: Counts::default(),
             most,
             told: Mutex::new(None),
+            refusals: Mutex::default(),
         })
     }
 
@@ -99,8 +102,8 @@ impl Relay {
         summary.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let address = listener.local_addr().context("no local address")?;
         info!(listen = %address, to = self.target, kernel = self.engine.kernel, "ready");
-        let listener = readable(listener).context("cannot watch the listener")?;
-        let mut acceptor = Acceptor::new(Arc::clone(&self));
+        let same = listener.try_clone().context("cannot watch the listener")?;
+        let (mut acceptor, mut failure) = self.open(listener).context("cannot watch the listener")?;
         let status = live::answer("relay", async || self.describe(address).await);
         let mut status = std::pin::pin!(status);
         let mut listed = true;
@@ -111,15 +114,84 @@ impl Relay {
                     listed = false;
                     warn!("not listed by `underpass status`: {:#}", result.err().unwrap_or_else(|| anyhow::anyhow!("ended")));
                 }
-                result = acceptor.accept(&listener) => result.context("cannot accept")?,
-                _ = summary.tick(), if !self.settings.log_connections => self.counts.log(),
+                result = async { acceptor.as_mut().expect("there is one").accept().await }, if acceptor.is_some() => {
+                    result.context("cannot accept")?;
+                }
+                Some(error) = failure.recv() => return Err(anyhow::Error::from(error).context("cannot accept").into()),
+                _ = summary.tick(), if !self.settings.connections.log_connections => self.counts.log(),
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
             }
         }
-        drop((listener, acceptor));
+        // At once, whoever else has it open. It listens: there is no error.
+        let _ = SockRef::from(&same).shutdown(Shutdown::Both);
+        self.engine.close_door();
+        drop((acceptor, same));
         self.stop().await;
         Ok(())
+    }
+
+    /// Lets clients in. Where a client needs nothing but a connection to an address the
+    /// workers accept it; else it is accepted here. The channel is for a listener that
+    /// fails the workers.
+    fn open(
+        self: &Arc<Self>,
+        listener: TcpListener,
+    ) -> io::Result<(Option<Acceptor>, mpsc::UnboundedReceiver<io::Error>)> {
+        let (fail, failure) = mpsc::unbounded_channel();
+        let Some(direct) = self.direct else {
+            let acceptor = Acceptor { relay: Arc::clone(self), listener: readable(listener)?, waiting: None };
+            return Ok((Some(acceptor), failure));
+        };
+        let (relay, listener) = (Arc::clone(self), Arc::new(listener));
+        let of_refusal = Arc::clone(&listener);
+        self.engine.open(&listener, move |accepted| match relay.admit(&of_refusal, accepted) {
+            Ok(admitted) => admitted.and_then(|(client, peer)| relay.connect(direct, client, peer)),
+            Err(error) => {
+                // Nobody is there to be told once the relay stops, which shuts the listener.
+                let _ = fail.send(error);
+                None
+            }
+        });
+        Ok((None, failure))
+    }
+
+    /// Makes what `accept` gave ready to be carried, within the limit.
+    ///
+    /// # Errors
+    /// Where the listener itself has failed.
+    fn admit(
+        &self,
+        listener: &TcpListener,
+        accepted: Accepted,
+    ) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+        let (client, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                self.refusals().failed(listener, &self.counts, error)?;
+                return Ok(None);
+            }
+        };
+        let open = self.counts.open.fetch_add(1, Ordering::Relaxed);
+        if open >= self.most {
+            self.turn_away(format_args!("{open} connections are open, as many as there are descriptors for"));
+            return Ok(None);
+        }
+        if let Err(error) = client.set_nonblocking(true) {
+            self.turn_away(format_args!("{error}"));
+            return Ok(None);
+        }
+        Ok(Some((client, peer)))
+    }
+
+    /// A client that was counted is not served.
+    fn turn_away(&self, why: std::fmt::Arguments<'_>) {
+        self.counts.open.fetch_sub(1, Ordering::Relaxed);
+        self.refusals().refuse(&self.counts, why);
+    }
+
+    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What `underpass status` shows.
@@ -137,8 +209,8 @@ impl Relay {
     /// Lets connections finish for the grace time, then ends them.
     async fn stop(&self) {
         let open = || self.counts.open.load(Ordering::Relaxed);
-        info!(open = open(), grace = ?self.settings.grace, "stopping");
-        let until = Instant::now() + self.settings.grace;
+        info!(open = open(), grace = ?self.settings.connections.grace, "stopping");
+        let until = Instant::now() + self.settings.connections.grace;
         while open() > 0 && Instant::now() < until {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -151,27 +223,26 @@ impl Relay {
         self.counts.log();
     }
 
-    /// Connects a client with the target.
-    fn forward(self: &Arc<Self>, client: TcpStream, peer: SocketAddr) {
+    /// Starts to connect a client with an address.
+    fn connect(self: &Arc<Self>, direct: SocketAddr, client: TcpStream, peer: SocketAddr) -> Option<Job> {
         let begun = Instant::now();
-        let Some(direct) = self.direct else {
-            let relay = Arc::clone(self);
-            tokio::spawn(async move { relay.dial(client, peer, begun).await });
-            return;
-        };
         match dial::start(direct) {
             Ok(target) => {
-                let until = begun + self.settings.connect_timeout;
-                self.carry([client, target], peer, begun, Some(until), self.target.clone());
+                let until = begun + self.settings.connections.connect_timeout;
+                Some(self.job([client, target], peer, begun, Some(until), None))
             }
-            Err(error) => self.unreached(&client, peer, &error, begun),
+            Err(error) => {
+                self.unreached(&client, peer, &error, begun);
+                None
+            }
         }
     }
 
-    async fn dial(self: Arc<Self>, client: TcpStream, peer: SocketAddr, begun: Instant) {
-        let To::Target(target) = &self.settings.to else { return };
-        match dial(target, self.settings.connect_timeout).await {
-            Ok(target) => self.carry([client, target], peer, begun, None, self.target.clone()),
+    /// Connects a client with a target that has a name or is behind a proxy.
+    async fn dial(self: Arc<Self>, target: Target, client: TcpStream, peer: SocketAddr) {
+        let begun = Instant::now();
+        match dial(&target, self.settings.connections.connect_timeout).await {
+            Ok(target) => self.engine.carry(self.job([client, target], peer, begun, None, None)),
             Err(error) => self.unreached(&client, peer, &error, begun),
         }
     }
@@ -187,45 +258,48 @@ impl Relay {
     /// logged, but then at most once a second: the summary has the number.
     fn tell_unreached(&self, peer: SocketAddr, error: &dyn std::fmt::Display, begun: Instant) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.settings.log_connections || told.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
+        if self.settings.connections.log_connections
+            || told.is_none_or(|at| at.elapsed() >= Duration::from_secs(1))
+        {
             *told = Some(Instant::now());
             report::log_unreached(peer, &self.target, error, begun.elapsed());
         }
     }
 
-    fn carry(
+    /// `name` is what the log calls the target, if it is another one for each client.
+    fn job(
         self: &Arc<Self>,
         [client, target]: [TcpStream; 2],
         peer: SocketAddr,
         begun: Instant,
         connecting: Option<Instant>,
-        name: String,
-    ) {
+        name: Option<String>,
+    ) -> Job {
         let relay = Arc::clone(self);
-        self.engine.carry(Job {
+        Job {
             client,
             target,
             connecting,
             early: vec![],
             choice: self.engine.choice,
-            idle: self.settings.idle_timeout,
+            idle: self.settings.connections.idle_timeout,
             done: Box::new(move |report| {
                 relay.counts.add(&report);
-                if relay.settings.log_connections {
-                    report::log(peer, &name, &report, begun.elapsed());
+                if relay.settings.connections.log_connections {
+                    report::log(peer, name.as_ref().unwrap_or(&relay.target), &report, begun.elapsed());
                 } else if let End::Unreachable(error) = &report.end {
                     relay.tell_unreached(peer, error, begun);
                 }
                 relay.counts.open.fetch_sub(1, Ordering::Relaxed);
             }),
-        });
+        }
     }
 }
 
-/// Accepts connections, within the limit.
+/// Accepts clients that have to be paired, or whose target takes more than connecting.
 struct Acceptor {
     relay: Arc<Relay>,
-    refusals: Refusals,
+    listener: AsyncFd<TcpListener>,
     waiting: Option<Waiting>,
 }
 
@@ -233,40 +307,27 @@ struct Acceptor {
 type Waiting = (AsyncFd<TcpStream>, SocketAddr, Instant);
 
 impl Acceptor {
-    fn new(relay: Arc<Relay>) -> Self {
-        Self { relay, refusals: Refusals::default(), waiting: None }
-    }
-
-    /// Takes what waits to be accepted, or notices that a client that waits for its
+    /// Takes one client that waits to be accepted, or notices that a client that waits for its
     /// pair has left.
-    async fn accept(&mut self, listener: &AsyncFd<TcpListener>) -> io::Result<()> {
-        let mut guard = tokio::select! {
-            guard = listener.readable() => guard?,
+    async fn accept(&mut self) -> io::Result<()> {
+        let accepted = tokio::select! {
+            accepted = self.listener.async_io(Interest::READABLE, TcpListener::accept) => accepted,
             () = has_left(self.waiting.as_ref()) => {
                 self.forget_waiting();
                 return Ok(());
             }
         };
-        loop {
-            match guard.try_io(|listener| listener.get_ref().accept()) {
-                Err(_would_block) => return Ok(()),
-                Ok(Ok((client, peer))) => self.take(client, peer),
-                Ok(Err(error)) => self.refusals.failed(listener.get_ref(), &self.relay.counts, error)?,
-            }
+        if let Some((client, peer)) = self.relay.admit(self.listener.get_ref(), accepted)? {
+            self.take(client, peer);
         }
+        Ok(())
     }
 
     fn take(&mut self, client: TcpStream, peer: SocketAddr) {
-        let open = self.relay.counts.open.load(Ordering::Relaxed);
-        if open >= self.relay.most {
-            return self
-                .refuse(format_args!("{open} connections are open, as many as there are descriptors for"));
-        }
-        // Gone already: nothing to serve.
-        let Ok(client) = prepare(client) else { return };
-        self.relay.counts.open.fetch_add(1, Ordering::Relaxed);
-        match self.relay.settings.to {
-            To::Target(_) => self.relay.forward(client, peer),
+        match &self.relay.settings.to {
+            To::Target(target) => {
+                tokio::spawn(Arc::clone(&self.relay).dial(target.clone(), client, peer));
+            }
             To::Pair => self.pair(client, peer),
         }
     }
@@ -279,11 +340,12 @@ impl Acceptor {
                 let sockets = [first.into_inner(), client];
                 // Two clients, one connection between them.
                 self.relay.counts.open.fetch_sub(1, Ordering::Relaxed);
-                self.relay.carry(sockets, first_peer, begun, None, peer.to_string());
+                let job = self.relay.job(sockets, first_peer, begun, None, Some(peer.to_string()));
+                self.relay.engine.carry(job);
             }
             None => match readable(client) {
                 Ok(client) => self.waiting = Some((client, peer, now)),
-                Err(error) => self.refuse(format_args!("{error}")),
+                Err(error) => self.relay.turn_away(format_args!("{error}")),
             },
         }
     }
@@ -291,14 +353,10 @@ impl Acceptor {
     fn forget_waiting(&mut self) {
         if let Some((_, peer, begun)) = self.waiting.take() {
             self.relay.counts.open.fetch_sub(1, Ordering::Relaxed);
-            if self.relay.settings.log_connections {
+            if self.relay.settings.connections.log_connections {
                 report::log_unreached(peer, "pair", &"left before another came", begun.elapsed());
             }
         }
-    }
-
-    fn refuse(&mut self, why: std::fmt::Arguments<'_>) {
-        self.refusals.refuse(&self.relay.counts, why);
     }
 }
 
@@ -413,6 +471,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(false)?;
     }
     socket.set_reuse_address(true)?;
+    // Accepted sockets inherit both.
+    socket.set_tcp_nodelay(true)?;
     tcp::limit_receive_queue(&socket);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;

@@ -34,21 +34,28 @@ pub struct Args {
     /// The first line of this file is the proxy's password
     #[arg(long, value_name = "FILE", requires = "via")]
     via_password_file: Option<PathBuf>,
+    #[command(flatten)]
+    connections: ConnectionArgs,
+}
+
+/// How connections are carried: the same words wherever underpass accepts some.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct ConnectionArgs {
     /// Which way the bytes take
     #[arg(long, value_enum, default_value_t = PathArg::Auto)]
-    path: PathArg,
-    /// How long reaching the target may take, the proxy's part included
+    pub path: PathArg,
+    /// How long reaching a target may take, a proxy's part included
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
-    connect_timeout: Duration,
+    pub connect_timeout: Duration,
     /// End connections on which nothing moved for so long
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = time)]
-    idle_timeout: Duration,
-    /// How long connections may take to finish once the relay is told to stop
+    pub idle_timeout: Duration,
+    /// How long connections may take to finish once underpass is told to stop
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time)]
-    grace: Duration,
+    pub grace: Duration,
     /// Log a line for each connection instead of a summary a minute
     #[arg(long)]
-    log_connections: bool,
+    pub log_connections: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -84,10 +91,7 @@ pub struct Settings {
     pub listen: Listen,
     pub to: To,
     pub choice: Choice,
-    pub connect_timeout: Duration,
-    pub idle_timeout: Duration,
-    pub grace: Duration,
-    pub log_connections: bool,
+    pub connections: ConnectionArgs,
 }
 
 /// Where connections go.
@@ -128,16 +132,8 @@ impl Args {
                 To::Target(Target { address, via })
             }
         };
-        let choice = self.path.choice()?;
-        Ok(Settings {
-            listen: self.listen,
-            to,
-            choice,
-            connect_timeout: self.connect_timeout,
-            idle_timeout: self.idle_timeout,
-            grace: self.grace,
-            log_connections: self.log_connections,
-        })
+        let choice = self.connections.path.choice()?;
+        Ok(Settings { listen: self.listen, to, choice, connections: self.connections })
     }
 }
 

@@ -14,6 +14,10 @@ use socket2::SockRef;
 /// queue (`net.ipv4.tcp_wmem`, 4 MiB) that is less than 16 MiB for each direction.
 const MOST_QUEUED: usize = 8 << 20;
 
+/// A fixed send queue, in bytes of memory: as far as TCP widens it by default
+/// (`net.ipv4.tcp_wmem`).
+const SEND_QUEUE: usize = 4 << 20;
+
 /// How far a socket has come: bytes, counted by the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
@@ -99,6 +103,16 @@ pub fn limit_receive_queue(socket: &impl AsFd) {
         // The kernel doubles what is asked for (socket(7)).
         let _ = setsockopt(socket, sockopt::RcvBufForce, &(MOST_QUEUED / 2));
     }
+}
+
+/// Gives a socket a send queue of a fixed size. What a program redirects has to fit into
+/// it at once, and TCP widens a queue only as the connection needs it.
+///
+/// # Errors
+/// Without CAP_NET_ADMIN.
+pub fn fix_send_queue(socket: &impl AsFd) -> io::Result<()> {
+    // The kernel doubles what is asked for (socket(7)).
+    Ok(setsockopt(socket, sockopt::SndBufForce, &(SEND_QUEUE / 2))?)
 }
 
 /// From now on closing the socket resets the connection instead of finishing it.

@@ -13,8 +13,12 @@ use std::{
     cmp::Reverse,
     collections::BinaryHeap,
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpStream},
-    sync::{Arc, mpsc},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -36,8 +40,9 @@ use super::{
     tcp,
 };
 
-/// How much is carried for one direction before it is the others' turn.
-const TURN: usize = 1 << 20;
+/// How much is carried for one direction before it is the others' turn. What is carried
+/// at once should still be in the CPU's cache when it is written.
+const TURN: usize = 64 << 10;
 /// The read buffer, one for all of a worker's connections.
 const CHUNK: usize = 64 << 10;
 /// How soon, and how late, a direction is looked at again that waits for the kernel
@@ -46,15 +51,38 @@ const RETRY: Duration = Duration::from_millis(1);
 const RETRY_AT_MOST: Duration = Duration::from_millis(64);
 /// How often connections are looked at that may be idle or connecting for too long.
 const OVERDUE_CHECK: Duration = Duration::from_millis(250);
-/// What epoll says when the ring buffer, or a command, has come; else it is a slot.
+/// What epoll says when the ring buffer, a command or a client has come; else it is a
+/// slot.
 const RING: u64 = u64::MAX;
 const COMMANDS: u64 = u64::MAX - 1;
+const CLIENTS: u64 = u64::MAX - 2;
 
 /// Gives connections to a worker.
 #[derive(Debug, Clone)]
 pub struct Worker {
     commands: mpsc::Sender<Command>,
     wake: Arc<EventFd>,
+    /// How many connections it has, those on their way to it among them.
+    load: Arc<AtomicUsize>,
+}
+
+/// A listener that workers accept from themselves, which saves a client the way over
+/// another thread.
+#[derive(Clone)]
+pub struct Door {
+    pub listener: Arc<TcpListener>,
+    /// Turns a client, or why there is none, into a job for this worker, if it is to
+    /// carry it. Called on the worker's thread: must not block.
+    pub take: Arc<dyn Fn(Accepted) -> Option<Job> + Send + Sync>,
+}
+
+/// What `accept` gave.
+pub type Accepted = io::Result<(TcpStream, SocketAddr)>;
+
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Door").field("listener", &self.listener).finish_non_exhaustive()
+    }
 }
 
 /// A connection for a worker: two non-blocking sockets and what to do with them.
@@ -124,6 +152,8 @@ pub struct Open {
 #[derive(Debug)]
 enum Command {
     Carry(Box<Job>),
+    Open(Door),
+    CloseDoor,
     Describe(oneshot::Sender<Vec<Open>>),
     Stop,
 }
@@ -136,14 +166,31 @@ impl Worker {
     pub fn start(kernel: Option<Kernel>) -> Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
-        let mut thread = Thread::new(kernel, inbox, Arc::clone(&wake))?;
+        let load = Arc::new(AtomicUsize::new(0));
+        let mut thread = Thread::new(kernel, inbox, Arc::clone(&wake), Arc::clone(&load))?;
         thread::Builder::new().name("worker".into()).spawn(move || thread.run())?;
-        Ok(Self { commands, wake })
+        Ok(Self { commands, wake, load })
+    }
+
+    /// How many connections it has.
+    pub fn load(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
     }
 
     /// Carries a connection to its end.
     pub fn carry(&self, job: Job) {
+        self.load.fetch_add(1, Ordering::Relaxed);
         self.command(Command::Carry(Box::new(job)));
+    }
+
+    /// Accepts clients, beside other workers.
+    pub fn open(&self, door: Door) {
+        self.command(Command::Open(door));
+    }
+
+    /// Accepts no more clients.
+    pub fn close_door(&self) {
+        self.command(Command::CloseDoor);
     }
 
     /// Tells of the open connections. The channel fails if the thread was stopped.
@@ -169,8 +216,10 @@ struct Thread {
     inbox: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     epoll: Epoll,
+    door: Option<Door>,
     pairs: Vec<Option<Box<Pair>>>,
     live: usize,
+    load: Arc<AtomicUsize>,
     free: Vec<u32>,
     /// Not to be used again before the events at hand are dealt with: some may be
     /// about the pair that had the slot.
@@ -252,7 +301,12 @@ enum Next {
 }
 
 impl Thread {
-    fn new(kernel: Option<Kernel>, inbox: mpsc::Receiver<Command>, wake: Arc<EventFd>) -> Result<Self> {
+    fn new(
+        kernel: Option<Kernel>,
+        inbox: mpsc::Receiver<Command>,
+        wake: Arc<EventFd>,
+        load: Arc<AtomicUsize>,
+    ) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         if let Some(kernel) = &kernel {
             epoll.add(&kernel.events, EpollEvent::new(EpollFlags::EPOLLIN, RING))?;
@@ -260,7 +314,7 @@ impl Thread {
         epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, COMMANDS))?;
         let tools = Tools { kernel, pipes: Pipes::default(), buffer: vec![0; CHUNK].into() };
         let (pairs, free, freed, retries) = (vec![], vec![], vec![], BinaryHeap::new());
-        Ok(Self { inbox, wake, epoll, pairs, live: 0, free, freed, retries, tools })
+        Ok(Self { inbox, wake, epoll, door: None, pairs, live: 0, load, free, freed, retries, tools })
     }
 
     fn run(&mut self) {
@@ -271,6 +325,7 @@ impl Thread {
             for event in &events[..count] {
                 match event.data() {
                     RING => self.drain_ring(),
+                    CLIENTS => self.accept(),
                     COMMANDS => {
                         if self.take_commands() == Next::Exit {
                             return;
@@ -305,6 +360,8 @@ impl Thread {
         while let Ok(command) = self.inbox.try_recv() {
             match command {
                 Command::Carry(job) => self.begin(*job),
+                Command::Open(door) => self.open_door(door),
+                Command::CloseDoor => self.close_door(),
                 Command::Describe(tell) => {
                     let kernel = self.tools.kernel.as_ref();
                     let open = self.pairs.iter().flatten().map(|pair| pair.describe(kernel)).collect();
@@ -320,6 +377,36 @@ impl Thread {
             }
         }
         Next::GoOn
+    }
+
+    fn open_door(&mut self, door: Door) {
+        // Of the workers that wait, the kernel wakes one (EPOLLEXCLUSIVE, Linux 4.5).
+        let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+        match self.epoll.add(&door.listener, EpollEvent::new(interest, CLIENTS)) {
+            Ok(()) => self.door = Some(door),
+            Err(error) => drop((door.take)(Err(error.into()))),
+        }
+    }
+
+    fn close_door(&mut self) {
+        if let Some(door) = self.door.take() {
+            // It was added, and is still open.
+            let _ = self.epoll.delete(&door.listener);
+        }
+    }
+
+    /// Accepts one client; epoll tells again of others that wait.
+    fn accept(&mut self) {
+        let Some(door) = &self.door else { return };
+        let accepted = door.listener.accept();
+        // Another worker was faster.
+        if accepted.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            return;
+        }
+        if let Some(job) = (door.take)(accepted) {
+            self.load.fetch_add(1, Ordering::Relaxed);
+            self.begin(job);
+        }
     }
 
     fn begin(&mut self, job: Job) {
@@ -482,6 +569,7 @@ impl Thread {
         }
         self.freed.push(slot);
         self.live -= 1;
+        self.load.fetch_sub(1, Ordering::Relaxed);
         if let Some(done) = done {
             done(report);
         }
@@ -808,6 +896,10 @@ impl Socket {
             return Ok(Wait::Event);
         }
         self.shut = true;
+        if dst.shut {
+            // Both ways are done: closing says it as well.
+            return Ok(Wait::Event);
+        }
         match dst.stream.shutdown(Shutdown::Write) {
             // It was reset meanwhile, which epoll reports.
             Err(error) if error.kind() != ErrorKind::NotConnected => Err(Failed::Destination(error)),

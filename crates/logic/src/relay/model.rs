@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use underpass_abi::relay::{Credit, Progress};
 
-use super::{Verdict, decide, is_drained, may_write, overlap, waiting};
+use super::{OVERHEAD, SendQueue, Verdict, decide, is_drained, may_write, overlap, waiting};
 
 /// One thing that happens to a direction, in any order.
 #[derive(Debug, Clone)]
@@ -19,7 +19,12 @@ pub enum Step {
         new: u32,
     },
     /// The program judges the next segment.
-    Judge,
+    Judge {
+        /// Bytes of memory that the other queue has room for.
+        room: u32,
+        /// The user side owes bytes that came in at the other socket.
+        owed: bool,
+    },
     /// The kernel puts so many redirected bytes into the other socket's queue.
     Queue(u32),
     /// The user side has its turn.
@@ -78,7 +83,7 @@ impl Model {
                 self.segments.push_back((start, old + new));
                 self.arrived += u64::from(new);
             }
-            Step::Judge => self.judge(),
+            Step::Judge { room, owed } => self.judge(room, owed),
             Step::Queue(most) => self.queue(most),
             Step::Carry { read, write } => self.carry(read, write),
         }
@@ -92,7 +97,7 @@ impl Model {
     /// Where it does not within `rounds`.
     pub fn settle(&mut self, rounds: usize) {
         for _ in 0..rounds {
-            self.step(&Step::Judge);
+            self.step(&Step::Judge { room: u32::MAX, owed: false });
             self.step(&Step::Queue(u32::MAX));
             self.step(&Step::Carry { read: u32::MAX, write: u32::MAX });
         }
@@ -104,7 +109,7 @@ impl Model {
         self.progress.base_seq.wrapping_add(self.delivered as u32)
     }
 
-    fn judge(&mut self) {
+    fn judge(&mut self, room: u32, owed: bool) {
         let Some((start, len)) = self.segments.pop_front() else { return };
         let seq = self.first_seq.wrapping_add(start as u32);
         let old = overlap(&self.progress, seq).expect("the model leaves no gap");
@@ -113,8 +118,11 @@ impl Model {
         }
         self.progress.last_end = seq.wrapping_add(len);
         let (start, len) = (start + u64::from(old), len - old);
-        match decide(&self.progress, &self.credit, self.write_seq(), len) {
+        let queue = SendQueue { write_seq: self.write_seq(), room, owed };
+        match decide(&self.progress, &self.credit, &queue, len) {
             Verdict::Redirect => {
+                let waiting = waiting(&self.progress, &self.credit, queue.write_seq) + len;
+                assert!(!owed && waiting * OVERHEAD <= room, "{waiting} bytes do not fit into {room}");
                 self.redirected.push_back((start, len));
                 self.progress.redirected += u64::from(len);
             }

@@ -382,7 +382,7 @@ fn proxies_that_speak_garbage() {
 fn proxies_that_die() {
     let hosts = Hosts::new();
     for answers in [&[&[][..]][..], &[GREETING, &[]], &[GREETING, &DONE[..7]]] {
-        check_misbehaving(&hosts, answers, true, "early eof");
+        check_misbehaving(&hosts, answers, true, "broke off in the middle of its answer");
     }
 }
 
