@@ -315,7 +315,7 @@ fn default_guard() -> Result<Ebpf> {
     open(&rules).map_err(|error| anyhow::anyhow!("{error}"))
 }
 
-fn command(host: &Namespace, program: &str, args: &[&str]) -> Result<String> {
+pub(crate) fn command(host: &Namespace, program: &str, args: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
     command.args(args).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let output = host
@@ -327,7 +327,7 @@ fn command(host: &Namespace, program: &str, args: &[&str]) -> Result<String> {
 }
 
 /// The hardware address of an interface.
-fn mac(host: &Namespace, name: &str) -> Result<[u8; 6]> {
+pub(crate) fn mac(host: &Namespace, name: &str) -> Result<[u8; 6]> {
     let text = command(host, "ip", &["-br", "link", "show", name])?;
     let mac = text.split_whitespace().nth(2).context("ip shows no address")?;
     let bytes: Vec<u8> = mac.split(':').map(|part| u8::from_str_radix(part, 16)).collect::<Result<_, _>>()?;

@@ -4,6 +4,7 @@
 
 mod dnsguard;
 mod load;
+mod mux;
 mod packet;
 mod peers;
 mod plot;
@@ -33,6 +34,8 @@ enum Bench {
     WatchWeb(report::Args),
     /// Local connections with and without the shortcut, and over Unix sockets
     Shortcut(report::Args),
+    /// UDP beside socat and nginx, TCP beside haproxy and sslh, messages beside a plain loop
+    Mux(report::Args),
     /// The packet library beside C and network-types
     Packet(report::Args),
     /// dnsguard beside bare programs, nft and iptables
@@ -47,6 +50,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Watch(args) => watch::run(&args),
         Bench::WatchWeb(args) => watch_web::run(&args),
         Bench::Shortcut(args) => shortcut::run(&args),
+        Bench::Mux(args) => mux::run(&args),
         Bench::Packet(args) => packet::run(&args),
         Bench::Dnsguard(args) => dnsguard::run(&args),
     }

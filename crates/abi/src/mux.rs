@@ -1,7 +1,8 @@
 //! The route table of `mux attach`: which port a datagram's payload asks for.
 //!
 //! Routes are grouped by shape, the place and length of their tag. A packet is
-//! looked at once per shape, however many routes share it: the tag is cut out of
+//! looked at once per shape, however many routes share it: first at the one byte that
+//! tells most, which ends it for most shapes; then the tag is cut out of
 //! the 16 bytes that end where it ends, hashed, and found in one step, for
 //! `displacements` is computed so that no two routes share a slot.
 
@@ -39,8 +40,11 @@ pub struct Shape {
     pub best: u16,
     /// The length of the tag, 1 to [`MAX_TAG`] bytes.
     pub length: u16,
-    /// Zero.
-    pub reserved: u16,
+    /// Bytes from the start of the payload to the byte of the tag in which this
+    /// shape's routes differ least: most other payloads differ from all of them there.
+    pub probe: u16,
+    /// A bit for each value that this byte has in one of the routes.
+    pub values: [u64; 4],
 }
 
 /// One route, or an empty place for one.
@@ -68,6 +72,10 @@ pub struct Table {
     pub port: u16,
     /// How many of `shapes` are in use.
     pub shape_count: u16,
+    /// Where the last tag ends, in bytes from the start of the payload.
+    pub reach: u16,
+    /// Zero.
+    pub zero: [u16; 3],
     /// The shortest payload that is valid, in bytes.
     pub min_length: u32,
     /// The longest payload that is valid, in bytes.
@@ -137,7 +145,7 @@ pub mod counter {
 
 crate::pod! {
     Flow = 36,
-    Shape = 24,
+    Shape = 56,
     Slot = 24,
-    Table = 24 + 24 * MAX_SHAPES + 2 * BUCKETS + 24 * SLOTS,
+    Table = 32 + 56 * MAX_SHAPES + 2 * BUCKETS + 24 * SLOTS,
 }

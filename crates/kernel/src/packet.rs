@@ -92,6 +92,11 @@ struct Linear {
 
 impl Linear {
     #[inline(always)]
+    fn of(ctx: &TcContext) -> Self {
+        Self { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.len() }
+    }
+
+    #[inline(always)]
     fn load<const N: usize>(&self, at: usize) -> Result<[u8; N], Short> {
         let from = pointer::<N>(self.data, self.data_end, at)?;
         // SAFETY: `pointer` has compared the access with the end of the bytes.
@@ -121,9 +126,21 @@ impl LinearPacket {
             // If it fails the packet stays as it is, and what is missing counts as cut.
             let _ = packet.ctx.pull_data(bytes.min(packet.ctx.len()));
         }
-        let ctx = packet.ctx;
-        let bytes = Linear { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.len() };
-        Self { ctx, bytes }
+        Self { bytes: Linear::of(&packet.ctx), ctx: packet.ctx }
+    }
+
+    /// The packet, of which so many bytes are made linear if they are not.
+    #[inline(always)]
+    pub fn with_head(ctx: TcContext, bytes: usize) -> Self {
+        let mut packet = Self { bytes: Linear::of(&ctx), ctx };
+        packet.gather(bytes);
+        packet
+    }
+
+    /// See [`TcPacket::segment_size`].
+    #[inline(always)]
+    pub fn segment_size(&self) -> usize {
+        segment_size(&self.ctx)
     }
 }
 
@@ -144,6 +161,38 @@ impl Packet for LinearPacket {
     }
 }
 
+impl PacketMut for LinearPacket {
+    #[inline(always)]
+    fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
+        let stored = store_bytes(&self.ctx, at, bytes);
+        self.bytes = Linear::of(&self.ctx);
+        stored
+    }
+
+    #[inline(always)]
+    fn gather(&mut self, end: usize) {
+        let end = end.min(self.len());
+        if self.bytes.data_end - self.bytes.data < end {
+            // If it fails the packet stays as it is, and what is missing counts as cut.
+            let _ = self.ctx.pull_data(end as u32);
+            self.bytes = Linear::of(&self.ctx);
+        }
+    }
+
+    /// The helper knows whether the checksum is complete, so here nothing is guessed.
+    #[inline(always)]
+    fn update_checksum<const N: usize>(
+        &mut self,
+        place: &checksum::Place,
+        old: [u8; N],
+        new: [u8; N],
+    ) -> Result<(), Short> {
+        let replaced = replace_checksum(&self.ctx, place, old, new);
+        self.bytes = Linear::of(&self.ctx);
+        replaced
+    }
+}
+
 impl TcPacket {
     #[inline(always)]
     pub fn new(ctx: TcContext) -> Self {
@@ -161,8 +210,7 @@ impl TcPacket {
     /// or has put it together from, in bytes of payload; 0 if it is none (Linux 5.7).
     #[inline(always)]
     pub fn segment_size(&self) -> usize {
-        // SAFETY: the kernel hands out a context that is valid during the program.
-        unsafe { (*self.ctx.skb.skb).gso_size as usize }
+        segment_size(&self.ctx)
     }
 
     #[cold]
@@ -204,11 +252,7 @@ impl Packet for TcPacket {
 impl PacketMut for TcPacket {
     #[inline(always)]
     fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
-        // SAFETY: the helper reads N bytes of `bytes`.
-        let result = unsafe {
-            bpf_skb_store_bytes(self.ctx.as_ptr().cast(), at as u32, bytes.as_ptr().cast(), N as u32, 0)
-        };
-        if result == 0 { Ok(()) } else { Err(Short) }
+        store_bytes(&self.ctx, at, bytes)
     }
 
     /// The helper knows whether the checksum is complete, so here nothing is guessed.
@@ -219,43 +263,55 @@ impl PacketMut for TcPacket {
         old: [u8; N],
         new: [u8; N],
     ) -> Result<(), Short> {
-        let mut flags = 0;
-        if place.zero_is_none {
-            flags |= MARK_MANGLED_0;
-        }
-        if place.pseudo_header {
-            flags |= PSEUDO_HDR;
-        }
-        let mut result = 0;
-        if N == 2 {
-            let word = |bytes: [u8; N]| u64::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
+        replace_checksum(&self.ctx, place, old, new)
+    }
+}
+
+#[inline(always)]
+fn segment_size(ctx: &TcContext) -> usize {
+    // SAFETY: the kernel hands out a context that is valid during the program.
+    unsafe { (*ctx.skb.skb).gso_size as usize }
+}
+
+#[inline(always)]
+fn store_bytes<const N: usize>(ctx: &TcContext, at: usize, bytes: [u8; N]) -> Result<(), Short> {
+    // SAFETY: the helper reads N bytes of `bytes`.
+    let result =
+        unsafe { bpf_skb_store_bytes(ctx.as_ptr().cast(), at as u32, bytes.as_ptr().cast(), N as u32, 0) };
+    if result == 0 { Ok(()) } else { Err(Short) }
+}
+
+#[inline(always)]
+fn replace_checksum<const N: usize>(
+    ctx: &TcContext,
+    place: &checksum::Place,
+    old: [u8; N],
+    new: [u8; N],
+) -> Result<(), Short> {
+    let mut flags = 0;
+    if place.zero_is_none {
+        flags |= MARK_MANGLED_0;
+    }
+    if place.pseudo_header {
+        flags |= PSEUDO_HDR;
+    }
+    let mut result = 0;
+    if N == 2 {
+        let word = |bytes: [u8; N]| u64::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
+        // SAFETY: the helper checks the offset.
+        result |= unsafe {
+            bpf_l4_csum_replace(ctx.as_ptr().cast(), place.at as u32, word(old), word(new), flags | 2)
+        };
+    } else {
+        for (old, new) in old.as_chunks().0.iter().zip(new.as_chunks().0) {
+            let word = |bytes: &[u8; 4]| u64::from(u32::from_ne_bytes(*bytes));
             // SAFETY: the helper checks the offset.
             result |= unsafe {
-                bpf_l4_csum_replace(
-                    self.ctx.as_ptr().cast(),
-                    place.at as u32,
-                    word(old),
-                    word(new),
-                    flags | 2,
-                )
+                bpf_l4_csum_replace(ctx.as_ptr().cast(), place.at as u32, word(old), word(new), flags | 4)
             };
-        } else {
-            for (old, new) in old.as_chunks().0.iter().zip(new.as_chunks().0) {
-                let word = |bytes: &[u8; 4]| u64::from(u32::from_ne_bytes(*bytes));
-                // SAFETY: the helper checks the offset.
-                result |= unsafe {
-                    bpf_l4_csum_replace(
-                        self.ctx.as_ptr().cast(),
-                        place.at as u32,
-                        word(old),
-                        word(new),
-                        flags | 4,
-                    )
-                };
-            }
         }
-        if result == 0 { Ok(()) } else { Err(Short) }
     }
+    if result == 0 { Ok(()) } else { Err(Short) }
 }
 
 /// The address of `N` bytes at offset `at`, if they are before `data_end`.

@@ -17,7 +17,7 @@ use underpass_abi::{
     attachment::Attachment,
     mux::{Flow, SpokenTo, Table, counter},
 };
-use underpass_kernel::packet::{TcPacket, XdpPacket};
+use underpass_kernel::packet::{LinearPacket, TcPacket, XdpPacket};
 use underpass_logic::{
     mux::datagram::{Arrival, arrival, flow_in, flow_out, flow_quoted},
     packet::{
@@ -30,6 +30,9 @@ use underpass_logic::{
 };
 
 underpass_kernel::license!();
+
+/// Headers end before this many bytes, or they are none that anybody means well with.
+const HEAD: usize = 256;
 
 /// The routes: the one that `ACTIVE` names is in use, the other is free to be written.
 #[map]
@@ -62,7 +65,7 @@ pub fn mux_xdp(ctx: XdpContext) -> u32 {
 // PIPE, not OK: other filters on the interface have their say, too.
 #[classifier]
 pub fn mux_in(ctx: TcContext) -> i32 {
-    let mut packet = TcPacket::new(ctx);
+    let mut packet = LinearPacket::with_head(ctx, HEAD);
     let segment = packet.segment_size();
     match receive(&mut packet, segment) {
         Fate::Passes => TC_ACT_PIPE,

@@ -4,7 +4,7 @@ use underpass_abi::mux::{FALLBACK_DROP, FALLBACK_PASS, Flow, Table, counter};
 
 use super::table::{find, halves};
 use crate::packet::{
-    Packet, Short,
+    Packet, PacketMut, Short,
     icmp::Quote,
     ip::{Fragment, Ip},
     udp::Datagram,
@@ -36,7 +36,7 @@ pub enum Arrival {
 /// Decides about a packet that comes in. `segment` is the size of the datagrams
 /// that the kernel will cut it into, 0 if it is one datagram.
 #[inline(always)]
-pub fn arrival<P: Packet + ?Sized>(packet: &P, table: &Table, segment: usize) -> Arrival {
+pub fn arrival<P: PacketMut + ?Sized>(packet: &mut P, table: &Table, segment: usize) -> Arrival {
     let Ok(datagram) = Datagram::parse(packet) else { return Arrival::NotOurs };
     if datagram.udp.destination_port != table.port {
         return Arrival::NotOurs;
@@ -58,6 +58,10 @@ pub fn arrival<P: Packet + ?Sized>(packet: &P, table: &Table, segment: usize) ->
     }
     let payload = packet.forget(datagram.udp.payload_at());
     let there = packet.forget(there);
+    packet.gather(payload + usize::from(table.reach));
+    let packet = &*packet;
+    // It may be behind the payload, in a frame's padding: `window` sees to that.
+    let byte = |at: usize| packet.bytes(packet.forget(payload + at)).ok().map(|[byte]: [u8; 1]| byte);
     let window = |end: usize| {
         if end > there {
             return None;
@@ -65,7 +69,7 @@ pub fn arrival<P: Packet + ?Sized>(packet: &P, table: &Table, segment: usize) ->
         // Headers of 42 bytes and more are before the payload.
         packet.bytes(packet.forget(payload + end - 16)).ok().map(halves)
     };
-    match find(table, window, |value| packet.forget(value)) {
+    match find(table, byte, window, |value| packet.forget(value)) {
         Some(slot) => Arrival::Goes { datagram, port: slot.port, counter: u32::from(slot.counter) },
         None if there < length => Arrival::Dropped { counter: counter::FRAGMENT },
         None if table.fallback == FALLBACK_PASS => Arrival::Passes,

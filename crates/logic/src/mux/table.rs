@@ -32,23 +32,31 @@ pub enum Misfit {
 
 /// Finds the route that is first in order among those whose tags the payload has.
 ///
-/// `window` gives the 16 bytes that end that many bytes after the payload's start
-/// (so they may begin before it), or none if the payload is shorter. `forget` gives
+/// `byte` gives the byte that many bytes after the payload's start (any or none if the
+/// payload is shorter), and `window` the 16 bytes that end there (so they may begin
+/// before it), or none if the payload is shorter. `forget` gives
 /// its argument; in the kernel it makes the verifier forget what it knows of the
 /// value ([`Packet::forget`](crate::packet::Packet::forget)). Otherwise each hit and
 /// each miss in each shape would be followed on its own: "BPF program is too large".
 #[inline(always)]
 pub fn find(
     table: &Table,
+    byte: impl Fn(usize) -> Option<u8>,
     window: impl Fn(usize) -> Option<[u64; 2]>,
     forget: impl Fn(usize) -> usize,
 ) -> Option<&Slot> {
     const NONE: usize = NO_ROUTE as usize;
+    let mut candidates = candidates(table, byte, &forget);
     let mut order = forget(NONE);
     let mut found = forget(0);
-    for index in 0..MAX_SHAPES {
+    for _ in 0..MAX_SHAPES {
+        if candidates == 0 {
+            break;
+        }
+        let index = forget(candidates.trailing_zeros() as usize) & (MAX_SHAPES - 1);
+        candidates &= candidates - 1;
         let shape = &table.shapes[index];
-        if index >= usize::from(table.shape_count) || usize::from(shape.best) >= order {
+        if usize::from(shape.best) >= order {
             break; // shapes are sorted: nothing better follows
         }
         let Some(bytes) = window(usize::from(shape.end)) else { continue };
@@ -63,6 +71,23 @@ pub fn find(
     (order != NONE).then(|| &table.slots[found & (SLOTS - 1)])
 }
 
+/// A bit for each shape that may have a route for the payload.
+#[inline(always)]
+fn candidates(table: &Table, byte: impl Fn(usize) -> Option<u8>, forget: impl Fn(usize) -> usize) -> u32 {
+    let mut candidates = 0;
+    for index in 0..MAX_SHAPES {
+        if index >= usize::from(table.shape_count) {
+            break;
+        }
+        // Known, it would be counted from the end, by a negative offset: "R8 unbounded memory access".
+        let shape = &table.shapes[forget(index) & (MAX_SHAPES - 1)];
+        let value = byte(usize::from(shape.probe)).unwrap_or(0);
+        let may = shape.values[usize::from(value >> 6)] >> (value & 63) & 1;
+        candidates |= may << index;
+    }
+    candidates as u32
+}
+
 /// [`find`] in a message that lies in memory.
 pub fn find_in<'t>(table: &'t Table, payload: &[u8]) -> Option<&'t Slot> {
     let window = |end: usize| {
@@ -71,7 +96,7 @@ pub fn find_in<'t>(table: &'t Table, payload: &[u8]) -> Option<&'t Slot> {
         window[MAX_TAG - kept..].copy_from_slice(payload.get(end - kept..end)?);
         Some(halves(window))
     };
-    find(table, window, |value| value)
+    find(table, |at| payload.get(at).copied(), window, |value| value)
 }
 
 /// A window as the two integers that a table compares.
@@ -88,7 +113,7 @@ pub fn halves(window: [u8; MAX_TAG]) -> [u64; 2] {
 
 /// Puts routes into a table, in their order, in place of those that it had.
 ///
-/// Only `shape_count`, `seed`, `shapes`, `displacements` and `slots` are written.
+/// Only `shape_count`, `reach`, `seed`, `shapes`, `displacements` and `slots` are written.
 ///
 /// # Errors
 /// The index of a route that does not fit, and why.
@@ -100,6 +125,7 @@ pub fn build<'r>(
         return Err((MAX_ROUTES, Misfit::Routes));
     }
     collect_shapes(table, routes.clone())?;
+    choose_probes(table, routes.clone());
     // A seed fails only by chance, and not twice in a row: the table is half empty.
     for seed in 0..64_u64 {
         table.seed = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -114,14 +140,18 @@ pub fn build<'r>(
 pub const EMPTY: Table = Table {
     port: 0,
     shape_count: 0,
+    reach: 0,
+    zero: [0; 3],
     min_length: 0,
     max_length: u16::MAX as u32,
     fallback: FALLBACK_DROP,
     seed: 0,
-    shapes: [Shape { mask: [0; 2], end: 0, best: NO_ROUTE, length: 0, reserved: 0 }; MAX_SHAPES],
+    shapes: [NO_SHAPE; MAX_SHAPES],
     displacements: [0; BUCKETS],
     slots: [Slot::EMPTY; SLOTS],
 };
+
+const NO_SHAPE: Shape = Shape { mask: [0; 2], end: 0, best: NO_ROUTE, length: 0, probe: 0, values: [0; 4] };
 
 /// The routes of a table, in their order: what [`build`] was given.
 pub fn routes(table: &Table) -> impl Iterator<Item = &Slot> {
@@ -141,6 +171,7 @@ fn collect_shapes<'r>(
     table: &mut Table,
     routes: impl Iterator<Item = Route<'r>>,
 ) -> Result<(), (usize, Misfit)> {
+    table.shapes = [NO_SHAPE; MAX_SHAPES];
     let mut count = 0;
     for (index, route) in routes.enumerate() {
         let shape = shape_of(&route, index).ok_or((index, Misfit::Tag))?;
@@ -151,7 +182,32 @@ fn collect_shapes<'r>(
         count += 1;
     }
     table.shape_count = count as u16;
+    table.reach = table.shapes[..count].iter().map(|shape| shape.end).max().unwrap_or(0);
     Ok(())
+}
+
+/// Finds for each shape the byte that has the fewest values.
+fn choose_probes<'r>(table: &mut Table, routes: impl Iterator<Item = Route<'r>> + Clone) {
+    for shape in &mut table.shapes[..usize::from(table.shape_count)] {
+        let offset = shape.end - shape.length;
+        let tags = || {
+            let same =
+                |route: &Route<'_>| route.offset == offset && route.tag.len() == usize::from(shape.length);
+            routes.clone().filter(same).map(|route| route.tag)
+        };
+        let mut fewest = u32::MAX;
+        for at in 0..shape.length {
+            let mut values = [0_u64; 4];
+            for value in tags().filter_map(|tag| tag.get(usize::from(at))) {
+                values[usize::from(value >> 6)] |= 1 << (value & 63);
+            }
+            let count = values.iter().map(|part| part.count_ones()).sum();
+            if count < fewest {
+                fewest = count;
+                (shape.probe, shape.values) = (offset + at, values);
+            }
+        }
+    }
 }
 
 fn shape_of(route: &Route<'_>, index: usize) -> Option<Shape> {
@@ -162,13 +218,7 @@ fn shape_of(route: &Route<'_>, index: usize) -> Option<Shape> {
     }
     let mut mask = [0; MAX_TAG];
     mask[MAX_TAG - length..].fill(0xff);
-    Some(Shape {
-        mask: halves(mask),
-        end: end as u16,
-        best: index as u16,
-        length: length as u16,
-        reserved: 0,
-    })
+    Some(Shape { mask: halves(mask), end: end as u16, best: index as u16, length: length as u16, ..NO_SHAPE })
 }
 
 fn same(one: &Shape, other: &Shape) -> bool {

@@ -95,6 +95,13 @@ pub trait PacketMut: Packet {
     /// [`Short`] if the packet ends before; nothing is written then.
     fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short>;
 
+    /// Sees to it that the bytes before `end` can be read, if the packet has them: in TC
+    /// they may lie behind what is read directly.
+    #[inline(always)]
+    fn gather(&mut self, end: usize) {
+        let _ = end;
+    }
+
     /// Brings a transport checksum up to date with a change of what it covers
     /// (`old` to `new`, starting at an even offset), however far it is computed.
     ///
@@ -182,6 +189,11 @@ impl<P: PacketMut + ?Sized> PacketMut for &mut P {
     #[inline(always)]
     fn set_bytes<const N: usize>(&mut self, at: usize, bytes: [u8; N]) -> Result<(), Short> {
         (**self).set_bytes(at, bytes)
+    }
+
+    #[inline(always)]
+    fn gather(&mut self, end: usize) {
+        (**self).gather(end);
     }
 
     #[inline(always)]
