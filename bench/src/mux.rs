@@ -16,10 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{Program, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp},
+    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp},
 };
 use nix::sys::{
     resource::{UsageWho, getrusage},
@@ -115,7 +115,8 @@ impl Timed {
     /// On a datagram that looks like a tag's beginning wherever one can be.
     fn hostile(hook: &'static str) -> Result<Self> {
         let mut it = Self::routes("1,024 routes in 32 places, all nearly hit", hook, 1024, 32, 5000)?;
-        let mut payload: Vec<u8> = (0..MESSAGE).map(|at| if at % 4 == 0 { b'0' } else { b'.' }).collect();
+        let mut payload: Vec<u8> =
+            (0..MESSAGE).map(|at: usize| if at.is_multiple_of(4) { b'0' } else { b'.' }).collect();
         payload[20 + 31 * 4..20 + 32 * 4].copy_from_slice(b"1023");
         it.packet = frame(5000, &payload);
         Ok(it)
@@ -129,23 +130,31 @@ impl Timed {
     }
 
     fn load(mut self) -> Result<Self> {
-        match self.object.program_mut(self.program).context("no such program")? {
-            Program::Xdp(program) => program.load()?,
-            Program::SchedClassifier(program) => program.load()?,
-            other => bail!("{other:?} is neither XDP nor TC"),
+        if self.hook == "XDP" {
+            self.program::<Xdp>()?.load()?;
+        } else {
+            self.program::<SchedClassifier>()?.load()?;
         }
         Ok(self)
     }
 
+    fn program<'a, P>(&'a mut self) -> Result<&'a mut P>
+    where
+        &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    {
+        Ok(self.object.program_mut(self.program).context("no such program")?.try_into()?)
+    }
+
     /// Nanoseconds a run.
     fn time(&mut self, repeat: u32) -> Result<f64> {
+        let packet = self.packet.clone();
         let mut options = TestRunOptions::new();
-        options.data_in = Some(&self.packet);
+        options.data_in = Some(&packet);
         options.repeat = repeat;
-        let result = match self.object.program_mut(self.program).context("no such program")? {
-            Program::Xdp(program) => Xdp::test_run(program, options)?,
-            Program::SchedClassifier(program) => SchedClassifier::test_run(program, options)?,
-            other => bail!("{other:?} is neither XDP nor TC"),
+        let result = if self.hook == "XDP" {
+            self.program::<Xdp>()?.test_run(options)?
+        } else {
+            self.program::<SchedClassifier>()?.test_run(options)?
         };
         Ok(result.duration.as_nanos() as f64)
     }
@@ -545,7 +554,7 @@ fn send(mut to: &TcpStream, total: usize) -> Result<()> {
 }
 
 fn wait_for(got: &AtomicU64, bytes: u64) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_mins(1);
     while got.load(Relaxed) < bytes {
         ensure!(Instant::now() < until, "only {} of {bytes} bytes came", got.load(Relaxed));
         thread::sleep(Duration::from_millis(2));

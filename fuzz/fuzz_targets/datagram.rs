@@ -45,8 +45,8 @@ fuzz_target!(|input: Input| {
         Some(Some(port)) => port.into(),
     };
     let payload = &input.payload[..input.payload.len().min(1000)];
-    let packet = frame(&input, payload, (4000, PORT));
-    let decided = arrival(&packet[..], &table, input.segment.into());
+    let mut packet = frame(&input, payload, (4000, PORT));
+    let decided = arrival(&mut packet[..], &table, input.segment.into());
     assert_eq!(said(&decided), expected(&input, payload), "{decided:?}");
     if let Arrival::Goes { datagram, port, .. } = decided {
         let flow = flow_in(&packet[..], &datagram, port).unwrap();

@@ -369,6 +369,47 @@ fn node_http() {
     });
 }
 
+/// Go reads and writes without waiting inside of the kernel, and sends files by sendfile.
+#[test]
+fn go_http() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/net/shortcut/http.go");
+    let folder = tempfile();
+    let program = folder.join("http");
+    let built = Command::new("go")
+        .args(["build", "-o"])
+        .args([&program, &source])
+        .env("GOCACHE", folder.join("cache"))
+        .env("GOFLAGS", "-mod=mod")
+        .status();
+    assert!(built.unwrap().success(), "it does not build");
+    everywhere(|place, address| {
+        assert_eq!(place.run(program.to_str().unwrap(), &[address, "400"]), "400");
+        let Some(figures) = place.figures() else { return };
+        assert!(figures.accelerated > 0 && figures.redirected_bytes > MUCH);
+    });
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// At either end, and on no other port.
+#[test]
+fn only_chosen_ports_are_accelerated() {
+    for (port, source, accelerated) in [("7100", "7200", 1), ("7101", "7100", 1), ("7101", "7201", 0)] {
+        let cgroup = Temporary::new("test").unwrap();
+        let scope = Scope { ports: vec![7100, 25_601], ..Scope::default() };
+        let shortcut = Some(Shortcut::start(cgroup.path(), &scope).unwrap());
+        let place = Place { shortcut, cgroup, namespace: Namespace::new().unwrap() };
+        let mut server = place.python("exchange.py", &["server", "127.0.0.1", port, "300", "20000", "1"]);
+        assert_eq!(server.line(), port);
+        same(
+            server,
+            place.python("exchange.py", &["client", "127.0.0.1", port, "300", "20000", "1", source]),
+        );
+        let figures = place.figures().unwrap();
+        assert_eq!(figures.accelerated, accelerated, "from {source} to {port}");
+        assert_eq!(figures.left_alone.values().sum::<u64>(), 0, "out of scope is not counted");
+    }
+}
+
 /// Streams are left to TCP, whatever the size of their writes.
 #[test]
 fn iperf3() {
@@ -418,8 +459,11 @@ fn tempfile() -> std::path::PathBuf {
 fn attached_for_good() {
     let cgroup = Temporary::new("test").unwrap();
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/net/shortcut");
-    let output = Command::new("unshare")
-        .args(["--mount", "--net", "sh", "-eu"])
+    // The helper process detaches itself: it ends with the namespace of processes, and
+    // that with this test, however it ends.
+    let output = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"])
+        .args(["--mount-proc", "sh", "-eu"])
         .arg(scripts.join("attached.sh"))
         .arg(env!("CARGO_BIN_EXE_underpass"))
         .arg(cgroup.path())

@@ -8,6 +8,7 @@ use std::{
     thread,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
 use serde_json::Value;
 use underpass::lab::Namespace;
 use underpass_logic::packet::{checksum, udp::Datagram};
@@ -133,10 +134,17 @@ fn payload(tag: &str, length: usize) -> Vec<u8> {
 /// Sends and gives the port of the service that answered.
 fn ask(socket: &UdpSocket, payload: &[u8]) -> u16 {
     socket.send(payload).unwrap();
+    answer(socket, Some(payload))
+}
+
+/// The port that answers, with what it got.
+fn answer(socket: &UdpSocket, payload: Option<&[u8]>) -> u16 {
     let mut answer = vec![0; 65_536];
     let length = socket.recv(&mut answer).unwrap();
     let colon = answer.iter().position(|byte| *byte == b':').unwrap();
-    assert_eq!(&answer[colon + 1..length], payload);
+    if let Some(payload) = payload {
+        assert_eq!(&answer[colon + 1..length], payload);
+    }
     String::from_utf8_lossy(&answer[..colon]).parse().unwrap()
 }
 
@@ -353,6 +361,36 @@ fn fragments_are_routed_by_their_first_and_reassembled() {
         assert_eq!(ask(&socket, &payload("600", 8000)), 5001, "IPv6: {six}");
     }
     assert_eq!(attached.show()["routes"][0]["packets"], 2);
+}
+
+/// Three datagrams with a tag each, sent in one: the kernel cuts them apart behind TC, unless
+/// the sender's interface does not take such packets.
+#[test]
+fn datagrams_sent_in_one_are_dropped_and_counted_or_cut_apart_before() {
+    let hosts = Hosts::new();
+    for port in [5001, 5002, 5003] {
+        service(&hosts.host, port);
+    }
+    let attached = Attached::new(&hosts.host, &[&ANCESTOR[..], &["--hook", "tc"]].concat());
+    let all = ["600", "601", "602"].map(|tag| payload(tag, 290)).concat();
+    for six in [false, true] {
+        for (segmentation, dropped, answers) in [("on", 1, 0), ("off", 0, 3)] {
+            let said = output(
+                &hosts.client,
+                Command::new("ethtool").args(["-K", "eth0", "tx-udp-segmentation", segmentation]),
+            );
+            assert!(!said.contains("Cannot"), "{said}");
+            let before = attached.show()["dropped"]["segmented"].as_u64().unwrap();
+            let socket = client(&hosts.client, (host_address(1, six), 5000));
+            setsockopt(&socket, UdpGsoSegment, &290).unwrap();
+            socket.send(&all).unwrap();
+            let mut ports: Vec<u16> = (0..answers).map(|_| answer(&socket, None)).collect();
+            ports.sort_unstable();
+            assert_eq!(ports, [5001, 5002, 5003][..answers]);
+            let counted = || attached.show()["dropped"]["segmented"].as_u64().unwrap() - before;
+            eventually("it is counted", || counted() == dropped);
+        }
+    }
 }
 
 fn unbound(host: &Namespace, port: u16, name: &str, answer: &str) -> (Daemon, Folder) {

@@ -22,6 +22,18 @@ join() {
 }
 figure() { "$underpass" shortcut show --json | python3 -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }
 
+# Nothing stays attached to the control group, which is this test's alone. The kernel takes
+# what is unlinked off in its own time.
+left_alone() {
+    tries=0
+    while [ -n "$(bpftool cgroup show "$cgroup")" ]; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || fail "programs are left behind: $(bpftool cgroup show "$cgroup")"
+        sleep 0.1
+    done
+    [ ! -e /sys/fs/bpf/underpass ] || fail "pins are left behind"
+}
+
 until_accelerated() {
     until [ "$(figure accelerated_now)" = 1 ]; do
         kill -0 "$client" 2>/dev/null || fail "the connection ended and was never seen accelerated"
@@ -31,6 +43,7 @@ until_accelerated() {
 "$underpass" shortcut show | grep 'not attached' >/dev/null || fail "it is attached before"
 "$underpass" shortcut attach --cgroup /no/such 2>/dev/null && fail "it takes a control group that is none"
 "$underpass" shortcut attach --cgroup "$cgroup" | tee "$folder/out"
+[ -n "$(bpftool cgroup show "$cgroup")" ] || fail "no program is attached to the control group"
 [ "$(wc -l <"$folder/out")" -eq 2 ] || fail "attach does not say it in two lines"
 "$underpass" status | grep '^shortcut.*helper process' >/dev/null || fail "status does not show it"
 
@@ -47,7 +60,7 @@ join
 start 100; join
 [ "$(figure accelerated)" = 2 ] || fail "something was accelerated without a helper"
 "$underpass" shortcut detach
-[ ! -e /sys/fs/bpf/underpass ] || fail "pins are left behind"
+left_alone
 
 # Detached in the middle of a connection.
 "$underpass" shortcut attach --cgroup "$cgroup" --port 1 65535 >/dev/null
@@ -59,6 +72,23 @@ helper=$(figure helper)
 "$underpass" shortcut detach
 [ ! -e /sys/fs/bpf/underpass ] || fail "pins are left behind"
 join
+left_alone
 # A zombie that nobody has waited for has ended, too.
 ! [ -e "/proc/$helper" ] || grep '^State:.*zombie' "/proc/$helper/status" >/dev/null || fail "the helper goes on"
+
+# What a risk is accepted for is accelerated, too: programs that wait in recv.
+"$underpass" shortcut attach --cgroup "$cgroup" --accept-risk nonsense 2>/dev/null && fail "it takes a risk that is none"
+"$underpass" shortcut attach --cgroup "$cgroup" >/dev/null
+blocking() {
+    sh -c 'echo $$ > "$0/cgroup.procs"; exec python3 "$@"' "$cgroup" "$(dirname "$exchange")/blocking.py" 127.0.0.1 200 |
+        grep '^True' >/dev/null || fail "other bytes arrived"
+}
+blocking
+[ "$(figure accelerated)" = 0 ] || fail "a program that waits in recv was accelerated"
+"$underpass" shortcut detach
+"$underpass" shortcut attach --cgroup "$cgroup" --accept-risk blocking-recv >/dev/null
+blocking
+[ "$(figure accelerated)" = 1 ] || fail "a program was not accelerated though the risk is accepted"
+"$underpass" shortcut detach
+left_alone
 echo "all is well"
