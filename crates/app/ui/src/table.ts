@@ -84,7 +84,8 @@ export class Table {
     this.head.setAttribute("aria-rowindex", "1");
     this.box.append(make("div", { role: "rowgroup", class: "heads" }, this.head), this.view);
     this.view.append(this.space);
-    this.view.tabIndex = -1;
+    // What scrolls has to be reachable by keyboard.
+    this.view.tabIndex = 0;
     for (const column of columns) this.heading(column);
     this.view.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(this.view);
