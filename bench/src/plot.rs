@@ -6,7 +6,7 @@ use crate::report::{Better, Measure, Table, number};
 
 const PANEL: f64 = 440.0;
 /// Room for the subjects' names.
-const NAMES: f64 = 130.0;
+const NAMES: f64 = 150.0;
 const BAR: f64 = 16.0;
 const HEAD: f64 = 34.0;
 

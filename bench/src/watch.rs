@@ -4,7 +4,7 @@
 
 use std::{
     fmt, fs,
-    io::Read as _,
+    io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::process::CommandExt as _,
     path::Path,
@@ -45,7 +45,7 @@ impl fmt::Display for Watcher {
         f.write_str(match self {
             Self::Nobody => "unwatched",
             Self::Underpass => "underpass watch",
-            Self::PerPacket => "an event per packet (TC)",
+            Self::PerPacket => "event per packet",
             Self::Bpftrace => "bpftrace",
             Self::Tcplife => "tcplife",
             Self::Bandwhich => "bandwhich",
@@ -74,7 +74,7 @@ const WEB: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(SERVER), 8088);
 const IPERF: u16 = 5201;
 
 pub fn run(args: &Args) -> Result<()> {
-    // 10,000 connections have both their ends in this process.
+    // 10,000 connections have one end in this process.
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")?;
     tracing_mounted()?;
@@ -90,7 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
     .into_iter()
     .filter(|watcher| watcher.is_there())
     .collect();
-    rounds(if args.quick { 1 } else { 5 }, &watchers, |watcher| bench.load(*watcher))?;
+    rounds(if args.quick { 1 } else { 3 }, &watchers, |watcher| bench.load(*watcher))?;
     say("open connections");
     bench.open()?;
     bench.report(args)
@@ -156,7 +156,7 @@ impl Bench {
         Ok(Self {
             client,
             server,
-            time: Duration::from_millis(if args.quick { 1000 } else { 2000 }),
+            time: Duration::from_millis(if args.quick { 1000 } else { 1500 }),
             cost: Table::new(
                 "What is watched",
                 "iperf3 with one stream; one exchange after the other; short connections (connect, 64 bytes each way, \
@@ -251,12 +251,11 @@ impl Bench {
 
     fn open(&mut self) -> Result<()> {
         let running = Running::start(Watcher::Underpass, &self.client)?;
-        let at = SocketAddr::from((SERVER, 5003));
-        let _server = Server::start(&self.server, at, None)?;
-        let clients = Clients { namespace: &self.client, to: at, cpu: None };
         let mut held = vec![];
         for n in OPEN {
-            held.extend(clients.idle(n - held.len())?);
+            while held.len() < n {
+                held.push(self.client.enter(rest).context("cannot open one more connection")?);
+            }
             thread::sleep(Duration::from_secs(2));
             let before = running.cpu()?;
             thread::sleep(Duration::from_secs(4));
@@ -313,6 +312,14 @@ impl Bench {
     }
 }
 
+/// Opens a connection to nginx, uses it once and lets it rest.
+fn rest() -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(WEB)?;
+    stream.write_all(b"GET /small HTTP/1.1\r\nHost: here\r\n\r\n")?;
+    ensure!(stream.read(&mut [0; 4096])? > 0, "nginx has closed the connection");
+    Ok(stream)
+}
+
 /// The ends that `underpass watch` says it has lost.
 fn lost(notes: &str) -> Option<u64> {
     notes.split("lost: ").nth(1)?.split(' ').next()?.parse().ok()
@@ -324,8 +331,8 @@ fn nginx(folder: &Path) -> Result<String> {
     let config = folder.join("nginx.conf");
     let folder = folder.display();
     let text = format!(
-        "daemon off; error_log stderr crit; pid {folder}/pid; worker_processes 1; user root;\n\
-         events {{ worker_connections 4096; }}\n\
+        "daemon off; error_log stderr crit; pid {folder}/pid; worker_processes 1; user root; worker_rlimit_nofile 16384;\n\
+         events {{ worker_connections 12000; }}\n\
          http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p;\n\
          fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n\
          keepalive_requests 100000000; sendfile on; server {{ listen {WEB} backlog=4096; root {folder}; }} }}"

@@ -314,6 +314,7 @@ pub fn protocol(number: u16) -> String {
         132 => "sctp".to_owned(),
         136 => "udplite".to_owned(),
         255 => "raw".to_owned(),
+        262 => "mptcp".to_owned(),
         PACKET => "packet".to_owned(),
         number => format!("ip-{number}"),
     }

@@ -278,3 +278,49 @@ assert len(a.recv(2000)) == 1000
     let ends = select(&lines, &namespace, "close");
     assert!(ends.iter().any(|line| line["protocol"] == "sctp" && line["tx_bytes"] == 1000), "{ends:#?}");
 }
+
+/// What the kernel connects of its own accord: a further subflow of an MPTCP connection
+/// is opened by a worker thread.
+#[test]
+fn a_connection_of_the_kernels_own_is_shown_as_such() {
+    let namespace = Namespace::new().unwrap();
+    if !namespace.enter(|| std::path::Path::new("/proc/sys/net/mptcp").exists()) {
+        println!("skipped: this kernel has no MPTCP");
+        return;
+    }
+    for last in 1..=3 {
+        namespace.address("lo", Ipv4Addr::new(10, 77, 0, last), 32).unwrap();
+    }
+    for args in ["limits set subflow 4 add_addr_accepted 4", "endpoint add 10.77.0.3 dev lo subflow"] {
+        let mut ip = Command::new("ip");
+        ip.arg("mptcp").args(args.split(' '));
+        assert!(namespace.spawn(&mut ip).unwrap().wait().unwrap().success(), "{args}");
+    }
+    let watch = Watch::start(&[]);
+    let program = r"
+import socket, time
+def mptcp(): return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+l = mptcp(); l.bind(('10.77.0.2', 0)); l.listen()
+c = mptcp(); c.bind(('10.77.0.1', 0)); c.connect(l.getsockname()); s = l.accept()[0]
+c.sendall(b'x' * 1000); s.recv(1000, socket.MSG_WAITALL)
+def subflows(): return open('/proc/net/tcp').read().count(' 03004D0A:')
+for _ in range(1000):
+    if subflows(): break
+    time.sleep(0.02)
+c.close(); s.close()
+";
+    let (pid, _) = python(&namespace, program, &[]);
+    let (lines, notes) = watch.end();
+    let told = select(&lines, &namespace, "connect");
+    let of = |local: &str| {
+        let line = told.iter().find(|line| {
+            line["protocol"] == "tcp" && line["local"].as_str().is_some_and(|at| at.starts_with(local))
+        });
+        *line.unwrap_or_else(|| panic!("{local}: {lines:#?} {notes}"))
+    };
+    assert_eq!(of("10.77.0.1:")["comm"], "python3");
+    let own = of("10.77.0.3:")["comm"].as_str().unwrap();
+    assert!(own.starts_with("[kworker/") && own.ends_with(']'), "{own}");
+    let whole = told.iter().find(|line| line["protocol"] == "mptcp").unwrap();
+    assert_eq!(whole["pid"], pid, "{whole}");
+}
