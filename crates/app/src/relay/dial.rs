@@ -181,6 +181,13 @@ async fn request(
     Ok(())
 }
 
+fn broke_off(error: &io::Error) -> String {
+    match error.kind() == io::ErrorKind::UnexpectedEof {
+        true => "broke off in the middle of its answer".into(),
+        false => format!("broke off: {error}"),
+    }
+}
+
 /// What a proxy's answer means, for people. Nothing of the login is in it.
 #[expect(clippy::wildcard_enum_match_arm, reason = "the crate's other errors are all about its encoding")]
 fn explain(error: &SocksError, to: &HostPort) -> String {
@@ -206,12 +213,9 @@ fn explain(error: &SocksError, to: &HostPort) -> String {
         SocksError::UnsupportedSocksVersion(version) => {
             format!("does not speak SOCKS5: its answer begins with byte {version}, not 5")
         }
-        SocksError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            "broke off in the middle of its answer".into()
-        }
-        SocksError::Io(error) => format!("broke off: {error}"),
+        SocksError::Io(error) => broke_off(error),
         SocksError::Other(other) => match other.chain().find_map(|cause| cause.downcast_ref::<io::Error>()) {
-            Some(error) => format!("broke off: {error}"),
+            Some(error) => broke_off(error),
             // The crate makes a text of some errors: tokio's for an end that came too soon.
             None if format!("{other:#}").contains("early eof") => {
                 "broke off in the middle of its answer".into()

@@ -6,6 +6,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     process::Command,
+    sync::{Mutex, PoisonError},
 };
 
 use nix::sys::signal::Signal;
@@ -21,6 +22,9 @@ use super::{
 /// What the connections of a test have on both sides: nobody else's pass the filter,
 /// so that every lost end is one of theirs.
 const NETWORK: &str = "127.99.0.0/16";
+
+/// The watch sees the whole host: one test at a time has such connections.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Opens, uses and ends so many connections by each of four threads. 5 bytes go one way.
 fn connect(namespace: &Namespace, each: usize) {
@@ -83,6 +87,7 @@ fn account(lines: &[Value], namespace: &Namespace, count: u64, notes: &str) -> u
 
 #[test]
 fn fifty_thousand_short_connections_are_all_counted() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let namespace = Namespace::new().unwrap();
     let watch = Watch::start(&["--remote", NETWORK]);
     connect(&namespace, 12_500);
@@ -92,6 +97,7 @@ fn fifty_thousand_short_connections_are_all_counted() {
 
 #[test]
 fn what_a_stopped_reader_misses_is_counted() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let namespace = Namespace::new().unwrap();
     let watch = Watch::start(&["--remote", NETWORK]);
     watch.signal(Signal::SIGSTOP);
