@@ -438,9 +438,10 @@ fn connections(args: &Args) -> Result<Table> {
         let _server = Server::start(&host, target, None)?;
         let listen = SocketAddr::from((HOST, port));
         let running = forwarder(&host, *between, listen, target)?;
-        thread::sleep(Duration::from_millis(500));
         let to = if running.is_some() { listen } else { target };
         let clients = Clients { namespace: &client, to, cpu: None };
+        // Its listener is open before it has proven the kernel path.
+        clients.wait()?;
         let row = between.to_string();
         table.row(&row);
         for measure in [SHORT_1, SHORT_32, KEEP] {
