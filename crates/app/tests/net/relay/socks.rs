@@ -71,8 +71,10 @@ impl Proxy {
                      socksmethod: {method}\nuser.privileged: root\nuser.unprivileged: nobody\n\
                      client pass {{ from: 0/0 to: 0/0 }}\nsocks pass {{ from: 0/0 to: 0/0 }}\n"
                 );
+                // Below the shell: it becomes another user, and with that loses the signal that
+                // ends it when its parent does. The shell keeps it, and takes all along.
                 format!(
-                    "exec danted -p {} -f {}",
+                    "danted -p {} -f {}; exit $?",
                     write(&folder, "pid", ""),
                     write(&folder, "danted.conf", &config)
                 )
