@@ -408,6 +408,16 @@ fn in_parallel<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Resu
     })
 }
 
+/// Lets a namespace have short connections one after the other: they use up its ports in
+/// ten seconds otherwise.
+pub fn many_ports(namespace: &Namespace) -> Result<()> {
+    namespace.enter(|| {
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
+        fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
+    })?;
+    Ok(())
+}
+
 /// Keeps a CPU busy with something else until dropped.
 #[derive(Debug)]
 pub struct Hog {

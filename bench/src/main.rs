@@ -8,6 +8,7 @@ mod mux;
 mod packet;
 mod peers;
 mod plot;
+mod process;
 mod relay;
 mod report;
 mod shortcut;

@@ -7,7 +7,7 @@ use std::{
     io::{IoSlice, IoSliceMut, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -36,7 +36,8 @@ use underpass::{
 
 use crate::{
     dnsguard::{command, mac},
-    load::{Clients, Server},
+    load::{Clients, Server, many_ports},
+    process::Process,
     report::{Args, Measure, Report, Table, median, rounds, say},
 };
 
@@ -239,20 +240,9 @@ fn moves(args: &Args) -> Result<Table> {
     Ok(table)
 }
 
-/// A process that ends with this.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both fail only where it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(host: &Namespace, command: &mut Command) -> Result<Running> {
-    let child = host.spawn(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()));
-    Ok(Running(child.with_context(|| format!("cannot start {command:?}; run ./dev setup bench"))?))
+fn start(host: &Namespace, command: &mut Command) -> Result<Process> {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Process::start(host, command).with_context(|| format!("cannot start {command:?}; run ./dev setup bench"))
 }
 
 fn underpass() -> Result<Command> {
@@ -266,11 +256,7 @@ fn pair() -> Result<(Namespace, Namespace)> {
     client.address("eth0", CLIENT, 24)?;
     host.address("eth0", HOST, 24)?;
     for namespace in [&client, &host] {
-        // Short connections use up the ports of ten seconds in one otherwise.
-        namespace.enter(|| {
-            fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
-            fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
-        })?;
+        many_ports(namespace)?;
     }
     Ok((client, host))
 }
@@ -469,7 +455,7 @@ fn forwarder(
     between: Between,
     listen: SocketAddr,
     to: SocketAddr,
-) -> Result<Option<Running>> {
+) -> Result<Option<Process>> {
     let config =
         std::env::temp_dir().join(format!("underpass-bench-{}-{}", std::process::id(), listen.port()));
     let mut command = match between {
@@ -574,11 +560,11 @@ fn by_message(total: usize) -> Result<f64> {
     let running = start(&host, &mut command)?;
     thread::sleep(Duration::from_millis(500));
     let client = host.enter(|| TcpStream::connect("127.0.0.1:7000"))?;
-    let before = cpu_of(running.0.id())?;
+    let before = cpu_of(running.child.id())?;
     send(&client, total)?;
     let sent = total / 1200 * 1200;
     wait_for(&got, (sent * MESSAGE) as u64)?;
-    Ok(sent as f64 / (cpu_of(running.0.id())? - before) / 1e6)
+    Ok(sent as f64 / (cpu_of(running.child.id())? - before) / 1e6)
 }
 
 /// The CPU time that a process has taken, in seconds.

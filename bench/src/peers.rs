@@ -6,19 +6,15 @@ use std::{
     net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use nix::{
-    sys::signal::{Signal, killpg},
-    unistd::Pid,
-};
 use underpass::lab::Namespace;
 
-use crate::{load, report::say};
+use crate::{load, process::Process, report::say};
 
 /// Something that forwards a port, or nothing in between.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,16 +71,16 @@ impl Subject {
             load::pin(cpu)?;
             command.spawn()
         });
-        let mut running =
-            Running { child: child.with_context(|| format!("cannot start {self}; run ./dev setup bench"))? };
+        let child = child.with_context(|| format!("cannot start {self}; run ./dev setup bench"))?;
+        let mut running = Running(Process { child });
         // Whoever refuses to work does so before it listens.
         for _ in 0..500 {
-            if let Some(status) = running.child.try_wait()? {
+            if let Some(status) = running.0.child.try_wait()? {
                 let why = fs::read_to_string(&log).unwrap_or_default();
                 say(format_args!("{self} does not run here ({status}): {}", why.trim()));
                 return Ok(None);
             }
-            if listens(running.child.id(), listen.port()) {
+            if listens(running.0.child.id(), listen.port()) {
                 return Ok(Some(running));
             }
             thread::sleep(Duration::from_millis(20));
@@ -150,14 +146,12 @@ fn nginx(listen: &str, to: &str) -> String {
 
 /// A relay at work; it and its children end when dropped.
 #[derive(Debug)]
-pub struct Running {
-    child: Child,
-}
+pub struct Running(Process);
 
 impl Running {
     /// The memory that its processes alone use, shared pages by their share, in KiB.
     pub fn memory_kib(&self) -> Result<f64> {
-        let group = self.child.id();
+        let group = self.0.child.id();
         let mut sum = 0.0;
         for entry in fs::read_dir("/proc")?.flatten() {
             let of_group = fs::read_to_string(entry.path().join("stat"))
@@ -170,14 +164,6 @@ impl Running {
             sum += pss.and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(0.0);
         }
         Ok(sum)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It leads a process group of its own: its workers end with it.
-        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
-        let _ = self.child.wait();
     }
 }
 

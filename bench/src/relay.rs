@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use underpass::lab::Namespace;
 
 use crate::{
-    load::{Clients, Hog, Server},
+    load::{Clients, Hog, Server, many_ports},
     peers::{Running, Subject},
     report::{self, Measure, Plot, Report, Table, percentile, rounds, say},
 };
@@ -107,11 +107,7 @@ impl Bench {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")?;
         let namespaces = [Namespace::new()?, Namespace::new()?, Namespace::new()?];
         for namespace in &namespaces {
-            // Short connections use up the ports of ten seconds in one otherwise.
-            namespace.enter(|| {
-                std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
-                std::fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
-            })?;
+            many_ports(namespace)?;
         }
         let [client, relay, server] = namespaces;
         for (a, b, name, at_a, at_b) in [

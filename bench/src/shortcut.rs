@@ -3,30 +3,27 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::Ipv4Addr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread,
-    time::Duration,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
-use nix::{
-    sys::signal::{Signal, killpg},
-    unistd::Pid,
-};
+use anyhow::{Context as _, Result, ensure};
 use underpass::{
     lab::Namespace,
     shortcut::{
         Scope, Shortcut,
         cgroup::Temporary,
-        measure::{Style, exchanges, stream},
+        measure::{Style, exchanges, loopback, stream},
     },
 };
 use underpass_abi::shortcut::HABIT_BLOCKS;
 
-use crate::report::{Args, Measure, Report, Table, number, percentile, rounds, say};
+use crate::{
+    process::Process,
+    report::{Args, Measure, Report, Table, number, percentile, rounds, say},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Subject {
@@ -142,15 +139,7 @@ impl Bench {
             let (client, server) = UnixStream::pair()?;
             return Ok((client.into(), server.into()));
         }
-        let (client, server) = self.namespace.enter(|| -> std::io::Result<_> {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-            let client = TcpStream::connect(listener.local_addr()?)?;
-            Ok((client, listener.accept()?.0))
-        })?;
-        for end in [&client, &server] {
-            end.set_nodelay(true)?;
-        }
-        Ok((client.into(), server.into()))
+        loopback(&self.namespace)
     }
 
     fn pairs(&mut self, subject: Subject) -> Result<()> {
@@ -213,7 +202,7 @@ impl Bench {
         })
     }
 
-    fn servers(&self) -> Result<[Server; 3]> {
+    fn servers(&self) -> Result<[Process; 3]> {
         let folder = self.folder.display();
         fs::write(self.folder.join("small"), vec![b's'; 612])?;
         fs::write(self.folder.join("large"), vec![b'l'; 1 << 20])?;
@@ -250,18 +239,8 @@ impl Bench {
         Ok(servers)
     }
 
-    fn server(&self, command: &str, port: u16) -> Result<Server> {
-        use std::os::unix::process::CommandExt as _;
-        let mut shell = Command::new("sh");
-        shell.args(["-c", command]).process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
-        let server = Server { child: self.namespace.spawn(&mut shell)? };
-        for _ in 0..1000 {
-            if self.namespace.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, port))).is_ok() {
-                return Ok(server);
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        bail!("nothing listens on port {port} after: {command}")
+    fn server(&self, command: &str, port: u16) -> Result<Process> {
+        Process::server(&self.namespace, command, (Ipv4Addr::LOCALHOST, port).into())
     }
 
     fn report(&self, args: &Args) -> Result<()> {
@@ -321,19 +300,6 @@ fn pgbench(folder: &Path, unix: bool, clients: u32) -> Load {
         "pgbench -h {host} -p {POSTGRES} -U postgres -n -S -M prepared -c {clients} -T SECONDS postgres 2>/dev/null"
     );
     Load { command, before: "tps = ", after: " (" }
-}
-
-/// A server that ends with the benchmark, and its children with it.
-struct Server {
-    child: Child,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It leads a process group of its own.
-        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
-        let _ = self.child.wait();
-    }
 }
 
 const INTRODUCTION: &str = "\

@@ -6,9 +6,8 @@ use std::{
     fmt, fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::process::CommandExt as _,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::Duration,
 };
@@ -17,14 +16,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
-        signal::{Signal, kill, killpg},
+        signal::{Signal, kill},
     },
     unistd::Pid,
 };
 use underpass::lab::Namespace;
 
 use crate::{
-    load::{Clients, Server},
+    load::{Clients, Server, many_ports},
+    process::Process,
     report::{Args, Measure, Report, Table, number, percentile, rounds, say},
 };
 
@@ -119,7 +119,7 @@ struct Bench {
     open: Table,
     lost: u64,
     /// iperf3 and nginx, while the benchmark runs.
-    _servers: [Program; 3],
+    _servers: [Process; 3],
     _folder: tempfile::TempDir,
 }
 
@@ -130,17 +130,14 @@ impl Bench {
         client.address("server", CLIENT, 24)?;
         server.address("client", SERVER, 24)?;
         for namespace in [&client, &server] {
-            namespace.enter(|| {
-                fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
-                fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
-            })?;
+            many_ports(namespace)?;
         }
         let folder = tempfile::tempdir()?;
         let iperf = format!("exec iperf3 -s -p {IPERF}");
         let servers = [
-            Program::server(&client, &iperf, (Ipv4Addr::LOCALHOST, IPERF).into())?,
-            Program::server(&server, &iperf, (SERVER, IPERF).into())?,
-            Program::server(&server, &nginx(folder.path())?, WEB)?,
+            Process::server(&client, &iperf, (Ipv4Addr::LOCALHOST, IPERF).into())?,
+            Process::server(&server, &iperf, (SERVER, IPERF).into())?,
+            Process::server(&server, &nginx(folder.path())?, WEB)?,
         ];
         let cost = [
             Measure::higher(BULK_LO),
@@ -390,37 +387,9 @@ impl Watcher {
     }
 }
 
-/// A program that is ended, with those that it has started, when dropped.
-struct Program {
-    child: Child,
-}
-
-impl Program {
-    /// Starts a server by a line of shell and waits until it listens.
-    fn server(namespace: &Namespace, command: &str, at: SocketAddr) -> Result<Self> {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", command]).process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
-        let program = Self { child: namespace.spawn(&mut shell)? };
-        for _ in 0..500 {
-            if namespace.enter(|| TcpStream::connect(at)).is_ok() {
-                return Ok(program);
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        bail!("nothing listens at {at} after: {command}; run ./dev setup bench")
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
-        let _ = self.child.wait();
-    }
-}
-
 /// A watcher at work, or nobody.
 pub struct Running {
-    watcher: Option<(Program, thread::JoinHandle<String>)>,
+    watcher: Option<(Process, thread::JoinHandle<String>)>,
 }
 
 impl Running {
@@ -433,16 +402,16 @@ impl Running {
 
     /// Starts a command that watches.
     pub fn begin(mut command: Command, watcher: &str, namespace: &Namespace) -> Result<Self> {
-        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = namespace.spawn(&mut command).with_context(|| format!("cannot start {watcher}"))?;
-        let mut errors = child.stderr.take().context("no stderr")?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut program =
+            Process::start(namespace, &mut command).with_context(|| format!("cannot start {watcher}"))?;
+        let mut errors = program.child.stderr.take().context("no stderr")?;
         let notes = thread::spawn(move || {
             let mut notes = vec![];
             // What it was cut short of shows in the notes.
             let _ = errors.read_to_end(&mut notes);
             String::from_utf8_lossy(&notes).into_owned()
         });
-        let mut program = Program { child };
         // Long enough to load and attach; most of them do not say when they have.
         thread::sleep(Duration::from_secs(3));
         if let Some(status) = program.child.try_wait()? {
