@@ -14,14 +14,10 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use tokio::{io::AsyncWriteExt as _, net::UnixListener};
 
+use crate::status::Item;
+
 /// A process that does not answer within this is reported as such.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Something that runs, as it tells it.
-pub(crate) struct Running {
-    pub pid: u32,
-    pub told: Result<Value>,
-}
 
 /// Answers `underpass status` until it is dropped. `describe` tells what runs.
 ///
@@ -45,11 +41,41 @@ pub(crate) async fn answer(function: &str, describe: impl AsyncFn() -> Value) ->
     }
 }
 
-/// Asks all that runs of a function in this network namespace.
+/// What runs of a function in this network namespace, for `underpass status`. `told` makes
+/// an item of what a process tells; one that does not answer is an item as well.
 ///
 /// # Errors
 /// Where /proc/net/unix cannot be read.
-pub(crate) fn ask(function: &str) -> Result<Vec<Running>> {
+pub(crate) fn items(function: &'static str, told: impl Fn(u32, &Value) -> Told) -> Result<Vec<Item>> {
+    let item = |pid| match ask(function, pid) {
+        Ok(value) => {
+            let Told { on, why } = told(pid, &value);
+            Item { function, on, path: text(&value, "path"), why, works: true, details: Some(value) }
+        }
+        Err(error) => Item {
+            function,
+            on: format!("pid {pid}"),
+            path: String::new(),
+            why: format!("{error:#}"),
+            works: false,
+            details: None,
+        },
+    };
+    Ok(pids(function)?.into_iter().map(item).collect())
+}
+
+/// What an item says of a process, beside its path.
+pub(crate) struct Told {
+    pub on: String,
+    pub why: String,
+}
+
+/// A text among what a process tells.
+pub(crate) fn text(told: &Value, key: &str) -> String {
+    told[key].as_str().unwrap_or_default().to_owned()
+}
+
+fn pids(function: &str) -> Result<Vec<u32>> {
     let table = fs::read_to_string("/proc/net/unix").context("cannot read /proc/net/unix")?;
     let prefix = format!("@underpass/{function}/");
     let mut pids: Vec<u32> =
@@ -57,10 +83,10 @@ pub(crate) fn ask(function: &str) -> Result<Vec<Running>> {
     // A socket is listed once for itself and once for each connection.
     pids.sort_unstable();
     pids.dedup();
-    Ok(pids.into_iter().map(|pid| Running { pid, told: ask_one(function, pid) }).collect())
+    Ok(pids)
 }
 
-fn ask_one(function: &str, pid: u32) -> Result<Value> {
+fn ask(function: &str, pid: u32) -> Result<Value> {
     let address = unix::SocketAddr::from_abstract_name(format!("underpass/{function}/{pid}"))?;
     let mut stream = unix::UnixStream::connect_addr(&address).context("cannot ask it")?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     address::{HostPort, Listen},
     error::{Error, Result},
-    live,
+    live::{self, Told, text},
     relay::{
         engine::Engine,
         report::Counts,
@@ -195,26 +195,10 @@ pub(super) trait Taker {
 
 /// The `mux listen` that run.
 pub(super) fn status() -> Result<Vec<Item>> {
-    let text = |told: &Value, key: &str| told[key].as_str().unwrap_or_default().to_owned();
-    let item = |running: live::Running| match running.told {
-        Ok(told) => Item {
-            function: "mux",
-            on: text(&told, "listen"),
-            path: text(&told, "path"),
-            why: format!("pid {}, {} open, by {}", running.pid, told["counts"]["open"], text(&told, "per")),
-            works: true,
-            details: Some(told),
-        },
-        Err(error) => Item {
-            function: "mux",
-            on: format!("pid {}", running.pid),
-            path: String::new(),
-            why: format!("{error:#}"),
-            works: false,
-            details: None,
-        },
-    };
-    Ok(live::ask("mux")?.into_iter().map(item).collect())
+    Ok(live::items("mux", |pid, told| Told {
+        on: text(told, "listen"),
+        why: format!("pid {pid}, {} open, by {}", told["counts"]["open"], text(told, "per")),
+    })?)
 }
 
 /// Accepts until the process is told to stop, then gives connections their grace.

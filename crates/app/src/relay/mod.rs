@@ -23,7 +23,10 @@ pub(crate) mod worker;
 
 use std::io;
 
-use crate::{live, status::Item};
+use crate::{
+    live::{self, Told, text},
+    status::Item,
+};
 
 pub(crate) use demo::scene;
 pub(crate) use doctor::doctor;
@@ -32,31 +35,10 @@ pub use settings::Args;
 
 /// The relays that run, for `underpass status`.
 pub(crate) fn status() -> anyhow::Result<Vec<Item>> {
-    let text = |told: &serde_json::Value, key: &str| told[key].as_str().unwrap_or_default().to_owned();
-    let item = |running: live::Running| match running.told {
-        Ok(told) => Item {
-            function: "relay",
-            on: format!("{} -> {}", text(&told, "listen"), text(&told, "to")),
-            path: text(&told, "path"),
-            why: format!(
-                "pid {}, {} open; kernel path {}",
-                running.pid,
-                told["counts"]["open"],
-                text(&told, "kernel")
-            ),
-            works: true,
-            details: Some(told),
-        },
-        Err(error) => Item {
-            function: "relay",
-            on: format!("pid {}", running.pid),
-            path: String::new(),
-            why: format!("{error:#}"),
-            works: false,
-            details: None,
-        },
-    };
-    Ok(live::ask("relay")?.into_iter().map(item).collect())
+    live::items("relay", |pid, told| Told {
+        on: format!("{} -> {}", text(told, "listen"), text(told, "to")),
+        why: format!("pid {pid}, {} open; kernel path {}", told["counts"]["open"], text(told, "kernel")),
+    })
 }
 
 /// The data paths that a connection may use, as the user chose.
