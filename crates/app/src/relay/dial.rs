@@ -218,7 +218,7 @@ fn explain(error: &SocksError, to: &HostPort) -> String {
             Some(error) => broke_off(error),
             // The crate makes a text of some errors: tokio's for an end that came too soon.
             None if format!("{other:#}").contains("early eof") => {
-                "broke off in the middle of its answer".into()
+                broke_off(&io::ErrorKind::UnexpectedEof.into())
             }
             None => format!("answered with something that is not SOCKS5: {other}"),
         },

@@ -102,8 +102,8 @@ impl Relay {
         summary.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let address = listener.local_addr().context("no local address")?;
         info!(listen = %address, to = self.target, kernel = self.engine.kernel, "ready");
-        let same = listener.try_clone().context("cannot watch the listener")?;
-        let (mut acceptor, mut failure) = self.open(listener).context("cannot watch the listener")?;
+        let listener = Arc::new(listener);
+        let (mut acceptor, mut failure) = self.open(&listener).context("cannot watch the listener")?;
         let status = live::answer("relay", async || self.describe(address).await);
         let mut status = std::pin::pin!(status);
         let mut listed = true;
@@ -124,9 +124,9 @@ impl Relay {
             }
         }
         // At once, whoever else has it open. It listens: there is no error.
-        let _ = SockRef::from(&same).shutdown(Shutdown::Both);
+        let _ = SockRef::from(&*listener).shutdown(Shutdown::Both);
         self.engine.close_door();
-        drop((acceptor, same));
+        drop((acceptor, listener));
         self.stop().await;
         Ok(())
     }
@@ -136,16 +136,16 @@ impl Relay {
     /// fails the workers.
     fn open(
         self: &Arc<Self>,
-        listener: TcpListener,
+        listener: &Arc<TcpListener>,
     ) -> io::Result<(Option<Acceptor>, mpsc::UnboundedReceiver<io::Error>)> {
         let (fail, failure) = mpsc::unbounded_channel();
         let Some(direct) = self.direct else {
-            let acceptor = Acceptor { relay: Arc::clone(self), listener: readable(listener)?, waiting: None };
+            let listener = readable(Arc::clone(listener))?;
+            let acceptor = Acceptor { relay: Arc::clone(self), listener, waiting: None };
             return Ok((Some(acceptor), failure));
         };
-        let (relay, listener) = (Arc::clone(self), Arc::new(listener));
-        let of_refusal = Arc::clone(&listener);
-        self.engine.open(&listener, move |accepted| match relay.admit(&of_refusal, accepted) {
+        let (relay, of_refusal) = (Arc::clone(self), Arc::clone(listener));
+        self.engine.open(listener, move |accepted| match relay.admit(&of_refusal, accepted) {
             Ok(admitted) => admitted.and_then(|(client, peer)| relay.connect(direct, client, peer)),
             Err(error) => {
                 // Nobody is there to be told once the relay stops, which shuts the listener.
@@ -299,7 +299,7 @@ impl Relay {
 /// Accepts clients that have to be paired, or whose target takes more than connecting.
 struct Acceptor {
     relay: Arc<Relay>,
-    listener: AsyncFd<TcpListener>,
+    listener: AsyncFd<Arc<TcpListener>>,
     waiting: Option<Waiting>,
 }
 
@@ -311,7 +311,7 @@ impl Acceptor {
     /// pair has left.
     async fn accept(&mut self) -> io::Result<()> {
         let accepted = tokio::select! {
-            accepted = self.listener.async_io(Interest::READABLE, TcpListener::accept) => accepted,
+            accepted = self.listener.async_io(Interest::READABLE, |listener| listener.accept()) => accepted,
             () = has_left(self.waiting.as_ref()) => {
                 self.forget_waiting();
                 return Ok(());

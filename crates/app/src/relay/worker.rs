@@ -218,7 +218,6 @@ struct Thread {
     epoll: Epoll,
     door: Option<Door>,
     pairs: Vec<Option<Box<Pair>>>,
-    live: usize,
     load: Arc<AtomicUsize>,
     free: Vec<u32>,
     /// Not to be used again before the events at hand are dealt with: some may be
@@ -314,7 +313,7 @@ impl Thread {
         epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, COMMANDS))?;
         let tools = Tools { kernel, pipes: Pipes::default(), buffer: vec![0; CHUNK].into() };
         let (pairs, free, freed, retries) = (vec![], vec![], vec![], BinaryHeap::new());
-        Ok(Self { inbox, wake, epoll, door: None, pairs, live: 0, load, free, freed, retries, tools })
+        Ok(Self { inbox, wake, epoll, door: None, pairs, load, free, freed, retries, tools })
     }
 
     fn run(&mut self) {
@@ -348,7 +347,7 @@ impl Thread {
     /// just before.
     fn timeout(&self, overdue_check: Instant) -> EpollTimeout {
         let retry = self.retries.peek().map(|Reverse((at, _))| *at);
-        let check = (self.live > 0).then_some(overdue_check);
+        let check = (self.load.load(Ordering::Relaxed) > 0).then_some(overdue_check);
         let Some(due) = retry.into_iter().chain(check).min() else { return EpollTimeout::NONE };
         let left = due.saturating_duration_since(Instant::now());
         u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX).into()
@@ -419,7 +418,6 @@ impl Thread {
             self.epoll.add(&socket.stream, EpollEvent::new(socket.interest, slot.into()))
         });
         self.pairs[slot as usize / 2] = Some(pair);
-        self.live += 1;
         if let Err(error) = watched {
             self.end(slot, End::Failed(Side::Client, error.into()));
         }
@@ -568,7 +566,6 @@ impl Thread {
             }
         }
         self.freed.push(slot);
-        self.live -= 1;
         self.load.fetch_sub(1, Ordering::Relaxed);
         if let Some(done) = done {
             done(report);
