@@ -2,11 +2,7 @@
 //! own exchange messages, by TCP over loopback and by the shortcut. Every byte that
 //! comes back is compared with what was sent.
 
-use std::{
-    net::{TcpListener, TcpStream},
-    os::fd::OwnedFd,
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
@@ -14,7 +10,7 @@ use serde_json::json;
 use super::{
     Scope, Shortcut,
     cgroup::Temporary,
-    measure::{Style, exchanges},
+    measure::{Style, exchanges, loopback},
 };
 use crate::{
     demo::{Progress, Scene},
@@ -42,7 +38,7 @@ pub(crate) fn scene(progress: &Progress) -> Result<Scene> {
     let mut measure = |way| -> Result<()> {
         for size in SIZES {
             progress.say(format_args!("{COUNT} exchanges of {size} bytes by {way}"));
-            let mut times = exchanges(pair(&namespace)?, Style::Polls, size, (WARM, COUNT))?;
+            let mut times = exchanges(loopback(&namespace)?, Style::Polls, size, (WARM, COUNT))?;
             times.sort_unstable();
             rows.push(Row { way, size, p50: times[COUNT / 2], p99: times[COUNT * 99 / 100] });
         }
@@ -54,19 +50,6 @@ pub(crate) fn scene(progress: &Progress) -> Result<Scene> {
     let figures = shortcut.summary().total;
     let ok = figures.accelerated == SIZES.len() as u64 && figures.redirected_bytes > figures.tcp_bytes;
     Ok(scene_of(&rows, figures.redirected_bytes, figures.tcp_bytes, ok))
-}
-
-/// The ends of a connection over loopback.
-fn pair(namespace: &Namespace) -> Result<(OwnedFd, OwnedFd)> {
-    let (client, server) = namespace.enter(|| -> std::io::Result<_> {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        let client = TcpStream::connect(listener.local_addr()?)?;
-        Ok((client, listener.accept()?.0))
-    })?;
-    for end in [&client, &server] {
-        end.set_nodelay(true)?;
-    }
-    Ok((client.into(), server.into()))
 }
 
 fn scene_of(rows: &[Row], redirected: u64, tcp: u64, ok: bool) -> Scene {

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream},
     os::fd::{AsFd as _, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -10,6 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::lab::Namespace;
 
 /// Ends a run in which something hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -21,6 +24,22 @@ pub enum Style {
     Polls,
     /// It waits in recv.
     Waits,
+}
+
+/// The ends of a TCP connection over a namespace's loopback interface.
+///
+/// # Errors
+/// Where that interface is down.
+pub fn loopback(namespace: &Namespace) -> Result<(OwnedFd, OwnedFd)> {
+    let (client, server) = namespace.enter(|| -> std::io::Result<_> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        Ok((client, listener.accept()?.0))
+    })?;
+    for end in [&client, &server] {
+        end.set_nodelay(true)?;
+    }
+    Ok((client.into(), server.into()))
 }
 
 /// Sends `size` bytes there and back `warm + count` times; returns how long each of
