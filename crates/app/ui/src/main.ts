@@ -110,18 +110,23 @@ const ranked = (entries: Entry[]): Entry[] =>
 /** How many lines each list beside the map has. */
 const TOP = 7;
 
+/** Gives a list as many buttons, each of which filters by its term when clicked. */
+function terms(list: HTMLElement, count: number, parts: () => HTMLElement[]): void {
+  while (list.children.length < count) {
+    const button = make("button", {}, ...parts());
+    button.type = "button";
+    button.addEventListener("click", () => filterBy(button.dataset["term"] ?? ""));
+    list.append(make("li", {}, button));
+  }
+  while (list.children.length > count) list.lastElementChild!.remove();
+}
+
 /** One of those lists. */
 function top(field: "process" | "remote" | "country", entries: Entry[]): void {
   const list = by(`top-${field}`);
   const most = Math.max(1, ...entries.slice(0, TOP).map((entry) => entry.received + entry.sent));
   const shown = entries.slice(0, TOP);
-  while (list.children.length < shown.length) {
-    const button = make("button", {}, make("i", { class: "bar" }), make("i", { class: "swatch" }), make("span"), make("b"));
-    button.type = "button";
-    button.addEventListener("click", () => filterBy(button.dataset["term"] ?? ""));
-    list.append(make("li", {}, button));
-  }
-  while (list.children.length > shown.length) list.lastElementChild!.remove();
+  terms(list, shown.length, () => [make("i", { class: "bar" }), make("i", { class: "swatch" }), make("span"), make("b")]);
   shown.forEach((entry, at) => {
     const button = list.children[at]!.firstElementChild as HTMLButtonElement;
     const [bar, swatch, label, figure] = [...button.children] as [HTMLElement, HTMLElement, HTMLElement, HTMLElement];
@@ -155,13 +160,7 @@ function elsewhere(spots: Spot[]): void {
   const list = by("elsewhere-list");
   spots.sort((a, b) => b.bytes - a.bytes);
   by("elsewhere").hidden = spots.length === 0;
-  while (list.children.length < spots.length) {
-    const button = make("button", {}, make("span"), make("b"));
-    button.type = "button";
-    button.addEventListener("click", () => filterBy(button.dataset["term"] ?? ""));
-    list.append(make("li", {}, button));
-  }
-  while (list.children.length > spots.length) list.lastElementChild!.remove();
+  terms(list, spots.length, () => [make("span"), make("b")]);
   spots.forEach((spot, at) => {
     const button = list.children[at]!.firstElementChild as HTMLButtonElement;
     button.dataset["term"] = termOf(spot.place);
