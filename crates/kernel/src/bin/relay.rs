@@ -119,10 +119,7 @@ fn judge(
         socket::trim(ctx, old).map_err(|_| BROKEN_TRIM)?;
     }
     progress.segments += 1;
-    // What is left is asked for anew: computed from `old`, of which each way out of the
-    // trim leaves the verifier another range, it would make 6.12 follow the rest of the
-    // program once for each of them (430,000 instructions, and half a second to load).
-    let len = ctx.len();
+    let len = len - old;
     match decide(progress, credit, &send_queue, len) {
         Verdict::Redirect => redirect(ctx, cookie, progress, len),
         Verdict::Pass => {
