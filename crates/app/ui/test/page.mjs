@@ -110,6 +110,47 @@ step("the map draws the place in the colour of its process", async () => {
   await page.locator("#map").blur();
 });
 
+step("the mouse tells what is behind a dot, and a click filters by it", async () => {
+  await filter("");
+  const curl = start("curl", "-s", "-o", "/dev/null", "--limit-rate", "30k", `http://${LOCATED}/slow`);
+  await row("curl is shown", `curl ${curl.pid}`, "London");
+  // Where the map is painted in the colour of curl all around: an arc is too thin for that.
+  const dot = await eventually("the dot is drawn", () =>
+    page.evaluate(() => {
+      const swatch = [...document.querySelectorAll("#top-process button")].find((button) => button.innerText.includes("curl"));
+      const rgb = getComputedStyle(swatch.querySelector(".swatch")).backgroundColor.match(/\d+/g).map(Number);
+      const canvas = document.querySelector("#map canvas");
+      const { width, height } = canvas;
+      const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+      const painted = (x, y) => rgb.every((value, channel) => Math.abs(data[4 * (y * width + x) + channel] - value) < 40);
+      for (let y = 4; y < height - 4; y += 1)
+        for (let x = 4; x < width - 4; x += 1)
+          if ([[0, 0], [3, 0], [-3, 0], [0, 3], [0, -3]].every(([dx, dy]) => painted(x + dx, y + dy)))
+            return { x: (x * canvas.clientWidth) / width, y: (y * canvas.clientHeight) / height };
+      return undefined;
+    }),
+  );
+  const box = await page.locator("#map").boundingBox();
+  const at = [box.x + dot.x, box.y + dot.y];
+  ensure(!(await page.locator("#tip").isVisible()), "nothing is told before");
+  await page.mouse.move(...at);
+  const told = await eventually("the dot is told", async () => (await page.locator("#tip").isVisible()) && text("#tip"));
+  for (const part of ["London, United Kingdom", "AS20712 Andrews & Arnold Ltd", "curl", "KiB"])
+    ensure(told.includes(part), `the dot's words lack ${part}: ${told}`);
+  ensure(/\d+ connections?, /.test(told), told);
+  ensure(await page.locator("#map.over").count(), "the pointer says that there is something to click");
+  await page.mouse.move(box.x + 3, box.y + box.height - 3);
+  await eventually("the words go with the pointer", async () => !(await page.locator("#tip").isVisible()));
+  await page.mouse.click(...at);
+  ensure((await page.locator("#filter").inputValue()) === 'place:"London, United Kingdom"', "a click filters by the place");
+  const shown = await eventually("what is behind the dot is listed", async () => (await rows()).length && rows());
+  ensure(shown.every((line) => line.includes("London, United Kingdom")), shown.join("\n"));
+  await page.mouse.click(...at);
+  ensure((await page.locator("#filter").inputValue()) === "", "another click takes the filter back");
+  await page.mouse.move(0, 0);
+  curl.kill();
+});
+
 step("what has no place on the map is beside it", async () => {
   await filter("");
   const curl = start("curl", "-s", "-o", "/dev/null", "--limit-rate", "30k", `http://${PRIVATE}/slow`);
@@ -143,6 +184,97 @@ step("filters, groups and orders work", async () => {
   await page.keyboard.press("?");
   ensure((await text("#dialog-body")).includes("Where the figures come from"), "? shows the help");
   await page.keyboard.press("Escape");
+});
+
+/** A path of the API. */
+const api = async (path) => {
+  const { status, headers, text } = await ask(`${url}api/v1/${path}`);
+  ensure(status === 200 && headers["content-type"] === "application/json", `${path}: ${status} ${headers["content-type"]}`);
+  return JSON.parse(text);
+};
+
+step("the API tells of processes, their connections and the watch", async () => {
+  const curls = [1, 2].map(() => start("curl", "-s", "-o", "/dev/null", "-Z", "--limit-rate", "30k", `http://${LOCATED}/slow`, `http://${PRIVATE}/slow`));
+  for (const { pid } of curls) {
+    // Both are told of one look: the figures are the same.
+    const [process, connections] = await eventually(`process ${pid} is told`, async () => {
+      const [processes, connections] = [await api("processes"), await api("connections")];
+      const process = processes.processes.find((process) => process.pid === pid);
+      return processes.time === connections.time && process?.connections === 2 && [process, connections.connections];
+    });
+    const own = connections.filter((connection) => connection.pid === pid);
+    const sum = (field) => own.reduce((sum, connection) => sum + connection[field], 0);
+    ensure(own.length === 2 && own.every(({ ended }) => ended === undefined), JSON.stringify(own));
+    for (const field of ["rx_bytes", "tx_bytes", "rx_rate", "tx_rate"])
+      ensure(process[field] === sum(field), `${field}: ${process[field]}, of its connections ${sum(field)}`);
+    ensure(process.comm === "curl" && process.exe.endsWith("/curl") && process.uid === 0, JSON.stringify(process));
+    ensure(process.rx_bytes > 1000 && process.tx_bytes > 100, JSON.stringify(process));
+    const [located] = own.filter(({ remote }) => remote === `${LOCATED}:80`);
+    const { protocol, direction, attribution, source, netns, rtt_us, retransmits, started } = located;
+    ensure([protocol, direction, attribution, source].join() === "tcp,outbound,kernel,socket", JSON.stringify(located));
+    ensure(netns > 0 && rtt_us > 0 && retransmits >= 0 && started <= Date.now(), JSON.stringify(located));
+    const place = { kind: "located", country: "GB", city: "London", latitude: 51.51, longitude: -0.09, asn: 20712, organization: "Andrews & Arnold Ltd" };
+    ensure(JSON.stringify(located.place) === JSON.stringify(place), JSON.stringify(located.place));
+    const [near] = own.filter(({ remote }) => remote === `${PRIVATE}:80`);
+    ensure(JSON.stringify(near.place) === '{"kind":"private"}', JSON.stringify(near.place));
+  }
+  for (const curl of curls) curl.kill();
+  const dead = curls.map(({ pid }) => pid);
+  await eventually("processes without connections are not told", async () =>
+    (await api("processes")).processes.every(({ pid }) => !dead.includes(pid)),
+  );
+  ensure((await api("connections")).connections.every(({ pid }) => !dead.includes(pid)), "ended ones are told on request only");
+  const ended = (await api("connections?ended=true")).connections.filter(({ pid }) => dead.includes(pid));
+  ensure(ended.length === 4 && ended.every((connection) => connection.ended >= connection.started), JSON.stringify(ended));
+  const status = await api("status");
+  for (const field of ["version", "host", "kernel", "started", "interval", "missing", "geo", "home", "time", "open", "connections", "ended", "rx_rate", "tx_rate", "lost"])
+    ensure(field in status, `the status lacks ${field}`);
+  ensure(status.interval === 300 && status.geo[0].includes("Test-City") && status.home.join() === "52.5,13.4", JSON.stringify(status));
+  const { status: wrong } = await ask(`${url}api/v1/connections?open=true`);
+  ensure(wrong === 400, `an unknown parameter: ${wrong}`);
+});
+
+step("Prometheus reads the metrics, and the board for Grafana asks for what is there", async () => {
+  const curl = start("curl", "-s", "-o", "/dev/null", "--limit-rate", "30k", `http://${LOCATED}/slow`);
+  const config = join(folder, "prometheus.yml");
+  writeFileSync(config, `scrape_configs: [{ job_name: underpass, scrape_interval: 200ms, static_configs: [{ targets: ["127.0.0.1:${PORT}"] }] }]\n`);
+  const prometheus = start("prometheus", `--config.file=${config}`, `--storage.tsdb.path=${join(folder, "prometheus")}`, "--web.listen-address=127.0.0.1:9090");
+  const get = async (path) => JSON.parse((await ask(`http://127.0.0.1:9090/api/v1/${path}`)).text).data;
+  // Twice and well apart, so that there are rates.
+  const scraped = `count_over_time(up{job="underpass"}[1m]) > 10`;
+  await eventually("Prometheus reads", async () => {
+    ensure(prometheus.exitCode === null, `prometheus has ended: ${prometheus.said}`);
+    return get(`query?query=${encodeURIComponent(scraped)}`).then(({ result }) => result.length, () => false);
+  });
+  const { activeTargets } = await get("targets");
+  ensure(activeTargets[0].health === "up" && activeTargets[0].lastError === "", JSON.stringify(activeTargets));
+  const metadata = await get("metadata");
+  for (const [name, type] of [["underpass_watch_connections_open", "gauge"], ["underpass_watch_lost", "counter"], ["underpass_watch_received_bytes", "counter"]]) {
+    const [{ type: told, help } = {}] = metadata[name] ?? metadata[`${name}_total`] ?? [];
+    ensure(told === type && help, `${name} is a ${told}: ${help}`);
+  }
+  const board = JSON.parse(readFileSync(new URL("../../../../packaging/grafana-watch.json", import.meta.url), "utf8"));
+  const [source, instance] = board.templating.list;
+  ensure(source.type === "datasource" && instance.name === "instance", JSON.stringify(board.templating));
+  const [, name, label] = /^label_values\((\w+), (\w+)\)$/.exec(instance.query.query);
+  const values = await get(`label/${label}/values?match[]=${name}`);
+  ensure(values.join() === `127.0.0.1:${PORT}`, values.join());
+  const fill = { $instance: values[0], $__rate_interval: "2s", $__range: "1m" };
+  const ids = new Set();
+  for (const panel of board.panels) {
+    ensure(!ids.has(panel.id) && panel.datasource.uid === `\${${source.name}}`, panel.title);
+    ids.add(panel.id);
+    ensure(panel.targets.length > 0, `${panel.title} asks for nothing`);
+    for (const { expr, legendFormat } of panel.targets) {
+      const query = expr.replace(/\$\w+/g, (word) => fill[word]);
+      const { result } = await get(`query?query=${encodeURIComponent(query)}`);
+      ensure(result.length > 0, `${panel.title}: nothing for ${query}`);
+      for (const [, label] of legendFormat.matchAll(/{{(\w+)}}/g))
+        ensure(result.every(({ metric }) => label in metric), `${panel.title}: no label ${label}`);
+    }
+  }
+  prometheus.kill();
+  curl.kill();
 });
 
 step("names from elsewhere stay text", async () => {
