@@ -93,7 +93,7 @@ impl Table {
 
     /// Makes sure that the row is there, even if nothing can be measured for it.
     pub fn row(&mut self, row: &str) {
-        self.samples(row);
+        self.cells(row);
     }
 
     /// Adds one sample; rows stand in the order in which they first appear.
@@ -103,13 +103,20 @@ impl Table {
     pub fn add(&mut self, row: &str, measure: &str, value: f64) {
         let column = self.measures.iter().position(|m| m.name == measure);
         let column = column.unwrap_or_else(|| panic!("{} has no measure {measure}", self.title));
-        self.samples(row)[column].push(value);
+        self.cells(row)[column].push(value);
     }
 
     /// The median of a cell, if it was measured.
     pub fn median(&self, row: &str, measure: &str) -> Option<f64> {
         let column = self.measures.iter().position(|m| m.name == measure)?;
         self.rows.iter().find(|(name, _)| name == row).and_then(|(_, cells)| median(&cells[column]))
+    }
+
+    /// The samples of a cell, in the order of the rounds.
+    pub fn samples(&self, row: &str, measure: &str) -> impl Iterator<Item = f64> {
+        let column = self.measures.iter().position(|m| m.name == measure);
+        let cells = self.rows.iter().find(|(name, _)| name == row);
+        cells.zip(column).into_iter().flat_map(|((_, cells), column)| cells[column].iter().copied())
     }
 
     /// The best of these rows by a measure, with its median.
@@ -126,7 +133,7 @@ impl Table {
         self.rows.iter().map(|(name, _)| name.as_str())
     }
 
-    fn samples(&mut self, row: &str) -> &mut Vec<Vec<f64>> {
+    fn cells(&mut self, row: &str) -> &mut Vec<Vec<f64>> {
         let at = self.rows.iter().position(|(name, _)| name == row).unwrap_or_else(|| {
             self.rows.push((row.to_owned(), vec![vec![]; self.measures.len()]));
             self.rows.len() - 1

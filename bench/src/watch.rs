@@ -6,10 +6,10 @@ use std::{
     fmt, fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -60,10 +60,17 @@ const SHORT: &str = "connections/s, 16 at a time, veth";
 const SHORT_LO: &str = "connections/s, 16 at a time, loopback";
 const WRK: &str = "wrk against nginx, requests/s";
 const WRK_CLOSE: &str = "the same, a connection each";
-const USER: &str = "user CPU ms a second";
-const SYSTEM: &str = "system CPU ms a second";
+const CPU: &str = "CPU, ms a second";
 const RATE: &str = "connections/s reached";
-const LOST: &str = "Ends lost in all rounds, at whatever rate the machine could generate";
+const REACHED: &str = "connections/s";
+const ENDS: &str = "ends told, of 100";
+const EVENTS: &str = "ends that found the ring full";
+const CHANGES: &str = "state changes not handed over";
+/// How many rounds there are of us and nobody; the peers take part in every fourth.
+const ROUNDS: usize = 12;
+const PEERS_EVERY: usize = 4;
+/// How many clients connect as fast as they can, for the highest rate.
+const CROWDS: [usize; 3] = [16, 64, 256];
 const OPEN: [usize; 3] = [0, 1000, 10_000];
 /// Connections a second at which the watchers' own cost is compared.
 const PACE: u32 = 10_000;
@@ -78,19 +85,19 @@ pub fn run(args: &Args) -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")?;
     tracing_mounted()?;
-    let mut bench = Bench::new(args)?;
-    let watchers: Vec<_> = [
-        Watcher::Nobody,
-        Watcher::Underpass,
-        Watcher::PerPacket,
-        Watcher::Bpftrace,
-        Watcher::Tcplife,
-        Watcher::Bandwhich,
-    ]
-    .into_iter()
-    .filter(|watcher| watcher.is_there())
-    .collect();
-    rounds(if args.quick { 1 } else { 3 }, &watchers, |watcher| bench.load(*watcher))?;
+    let mut bench = Bench::new()?;
+    let peers = [Watcher::PerPacket, Watcher::Bpftrace, Watcher::Tcplife, Watcher::Bandwhich];
+    let peers: Vec<_> = peers.into_iter().filter(|watcher| watcher.is_there()).collect();
+    for round in 0..if args.quick { 1 } else { ROUNDS } {
+        let both = [Watcher::Nobody, Watcher::Underpass];
+        let others = if round % PEERS_EVERY == 0 { &peers[..] } else { &[] };
+        say(format_args!("round {} of {ROUNDS}", round + 1));
+        rounds(1, &[&both[..], others].concat(), |watcher| bench.load(*watcher))?;
+    }
+    say("the highest rate");
+    for crowd in CROWDS {
+        bench.highest(crowd)?;
+    }
     say("open connections");
     bench.open()?;
     bench.report(args)
@@ -117,14 +124,14 @@ struct Bench {
     cost: Table,
     own: Table,
     open: Table,
-    lost: u64,
+    highest: Table,
     /// iperf3 and nginx, while the benchmark runs.
     _servers: [Process; 3],
     _folder: tempfile::TempDir,
 }
 
 impl Bench {
-    fn new(args: &Args) -> Result<Self> {
+    fn new() -> Result<Self> {
         let (client, server) = (Namespace::new()?, Namespace::new()?);
         client.join("server", &server, "client")?;
         client.address("server", CLIENT, 24)?;
@@ -153,7 +160,7 @@ impl Bench {
         Ok(Self {
             client,
             server,
-            time: Duration::from_millis(if args.quick { 1000 } else { 1500 }),
+            time: Duration::from_secs(1),
             cost: Table::new(
                 "What is watched",
                 "iperf3 with one stream; one exchange after the other; short connections (connect, 64 bytes each way, \
@@ -165,11 +172,11 @@ impl Bench {
             own: Table::new(
                 "The watcher",
                 format!(
-                    "The watcher's own process beside {PACE} short connections a second on loopback, of which it \
-                     sees both ends. Its output goes to /dev/null. What its programs cost in the kernel is in the \
-                     table above."
+                    "The watcher's own process, user and system time, beside {PACE} short connections a second on \
+                     loopback, of which it sees both ends. Its output goes to /dev/null. What its programs cost in \
+                     the kernel is in the table above."
                 ),
-                vec![Measure::lower(USER), Measure::lower(SYSTEM), Measure::higher(RATE)],
+                vec![Measure::lower(CPU), Measure::higher(RATE)],
             ),
             open: Table::new(
                 "Open connections",
@@ -177,7 +184,17 @@ impl Bench {
                  so 10,000 connections are 20,000 ends.",
                 open.into_iter().chain(memory).collect(),
             ),
-            lost: 0,
+            highest: Table::new(
+                "The highest rate",
+                "So many clients connect on loopback, each again as soon as it is answered and closed: all that this \
+                 machine can do. How many of their ends `underpass watch` told, and what it counted as lost.",
+                vec![
+                    Measure::higher(REACHED),
+                    Measure::higher(ENDS),
+                    Measure::lower(EVENTS),
+                    Measure::lower(CHANGES),
+                ],
+            ),
             _servers: servers,
             _folder: folder,
         })
@@ -204,20 +221,37 @@ impl Bench {
 
         // What is still in the ring belongs to what was before.
         thread::sleep(Duration::from_millis(300));
-        let before = running.cpu()?;
+        let before = running.run_time()?;
         let rate = over_lo.short_paced(16, PACE, self.time)?;
         thread::sleep(Duration::from_millis(300));
         if watcher != Watcher::Nobody {
-            let after = running.cpu()?;
-            let seconds = self.time.as_secs_f64();
-            self.own.add(&row, USER, (after.0 - before.0) * 1e3 / seconds);
-            self.own.add(&row, SYSTEM, (after.1 - before.1) * 1e3 / seconds);
+            let spent = running.run_time()? - before;
+            self.own.add(&row, CPU, spent * 1e3 / self.time.as_secs_f64());
             self.own.add(&row, RATE, rate);
         }
+        running.end()?;
+        Ok(())
+    }
+
+    /// As many short connections as can be: is each end told?
+    fn highest(&mut self, crowd: usize) -> Result<()> {
+        let row = format!("{crowd} clients");
+        let at = SocketAddr::from((Ipv4Addr::LOCALHOST, 5003));
+        let _server = Server::start(&self.client, at, None)?;
+        let running = Running::start(Watcher::Underpass, &self.client)?;
+        let clients = Clients { namespace: &self.client, to: at, cpu: None };
+        let time = 3 * self.time;
+        let began = Instant::now();
+        let rate = clients.short(crowd, time)?;
+        let made = rate * began.elapsed().as_secs_f64();
+        // A connection is over once the client has acknowledged the server's end.
+        thread::sleep(Duration::from_millis(500));
         let notes = running.end()?;
-        if watcher == Watcher::Underpass {
-            self.lost += lost(&notes).with_context(|| format!("no summary: {notes}"))?;
-        }
+        let told = Summary::read(&notes).with_context(|| format!("no summary: {notes}"))?;
+        self.highest.add(&row, REACHED, rate);
+        self.highest.add(&row, ENDS, 100.0 * told.ended as f64 / (2.0 * made));
+        self.highest.add(&row, EVENTS, told.events as f64);
+        self.highest.add(&row, CHANGES, told.changes as f64);
         Ok(())
     }
 
@@ -254,11 +288,10 @@ impl Bench {
                 held.push(self.client.enter(rest).context("cannot open one more connection")?);
             }
             thread::sleep(Duration::from_secs(2));
-            let before = running.cpu()?;
+            let before = running.run_time()?;
             thread::sleep(Duration::from_secs(4));
-            let after = running.cpu()?;
+            let spent = running.run_time()? - before;
             let row = Watcher::Underpass.to_string();
-            let spent = after.0 + after.1 - before.0 - before.1;
             self.open.add(&row, &format!("{n} open, CPU ms a second"), spent * 1e3 / 4.0);
             self.open.add(&row, &format!("{n} open, resident MiB"), running.resident_mib()?);
         }
@@ -269,24 +302,26 @@ impl Bench {
         let mut findings = vec![];
         let (nobody, us) = (Watcher::Nobody.to_string(), Watcher::Underpass.to_string());
         for measure in &self.cost.measures {
-            let (Some(without), Some(with)) =
-                (self.cost.median(&nobody, &measure.name), self.cost.median(&us, &measure.name))
+            let pairs = self.cost.samples(&nobody, &measure.name).zip(self.cost.samples(&us, &measure.name));
+            let changes: Vec<_> = pairs.map(|(without, with)| (with / without - 1.0) * 100.0).collect();
+            let [Some(low), Some(half), Some(high)] = [0.25, 0.5, 0.75].map(|p| percentile(&changes, p))
             else {
                 continue;
             };
             findings.push(format!(
-                "{}: {} unwatched, {} watched ({:+.1} %).",
+                "{}: watched {half:+.1} %, the median of {} neighbouring pairs (quartiles {low:+.1} and {high:+.1} %).",
                 measure.name,
-                number(without),
-                number(with),
-                (with / without - 1.0) * 100.0
+                changes.len()
             ));
         }
-        let user = |watcher: Watcher| self.own.median(&watcher.to_string(), USER);
-        if let (Some(ours), Some(theirs)) = (user(Watcher::Underpass), user(Watcher::Bpftrace)) {
+        let cpu = |watcher: &str| self.own.median(watcher, CPU);
+        let peers = self.own.rows().filter(|row| *row != us);
+        let best = peers.filter_map(|row| Some((row, cpu(row)?))).min_by(|a, b| a.1.total_cmp(&b.1));
+        if let (Some(ours), Some((best, theirs))) = (cpu(&us), best) {
             findings.push(format!(
-                "User CPU at {PACE} connections a second: {:.2} of bpftrace's.",
-                ours / theirs
+                "CPU of the watcher at {PACE} connections a second: {} ms a second; of the peers {best} takes least, {} ms.",
+                number(ours),
+                number(theirs)
             ));
         }
         let memory = |n: usize| self.open.median(&us, &format!("{n} open, resident MiB"));
@@ -297,13 +332,22 @@ impl Bench {
                 number(none)
             ));
         }
-        findings.push(format!("{LOST}: {}.", self.lost));
+        let highest = &self.highest;
+        let of =
+            |measure| CROWDS.iter().filter_map(move |n| highest.median(&format!("{n} clients"), measure));
+        findings.push(format!(
+            "At the highest rate, up to {} connections a second, {} ends found the ring full and {} state changes were \
+             not handed over.",
+            number(of(REACHED).fold(0.0, f64::max)),
+            of(EVENTS).sum::<f64>(),
+            of(CHANGES).sum::<f64>()
+        ));
         let report = Report {
             name: "watch",
             title: "What watching costs",
             introduction: INTRODUCTION.to_owned(),
             findings,
-            tables: vec![self.cost, self.own, self.open],
+            tables: vec![self.cost, self.own, self.highest, self.open],
         };
         report.publish(args)
     }
@@ -317,9 +361,22 @@ fn rest() -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// The ends that `underpass watch` says it has lost.
-fn lost(notes: &str) -> Option<u64> {
-    notes.split("lost: ").nth(1)?.split(' ').next()?.parse().ok()
+/// What `underpass watch` says in the end.
+struct Summary {
+    ended: u64,
+    events: u64,
+    changes: u64,
+}
+
+impl Summary {
+    fn read(notes: &str) -> Option<Self> {
+        let before = |word: &str| notes.split(word).next()?.rsplit([' ', ',']).next()?.parse().ok();
+        Some(Self {
+            ended: before(" of them ended")?,
+            events: before(" events,")?,
+            changes: before(" state changes,")?,
+        })
+    }
 }
 
 /// The command that starts nginx with a file of 612 bytes, its own welcome page's size.
@@ -352,18 +409,26 @@ const SCRIPT: &str = r#"tracepoint:sock:inet_sock_set_state /args->protocol == 6
         ntop(args->saddr), args->sport, ntop(args->daddr), args->dport);
 }"#;
 
+fn starts(program: &str) -> bool {
+    Command::new(program).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+}
+
+/// Where `./dev setup bench` puts it: beside the folder of the binaries.
+fn bandwhich() -> Result<PathBuf> {
+    let path = std::env::current_exe()?.join("../../peers/bin/bandwhich");
+    path.canonicalize().context("bandwhich is not there; run ./dev setup bench")
+}
+
 impl Watcher {
     fn is_there(self) -> bool {
-        let program = match self {
-            Self::Nobody | Self::Underpass | Self::PerPacket => return true,
-            Self::Bpftrace => "bpftrace",
-            Self::Tcplife => "tcplife",
-            Self::Bandwhich => "bandwhich",
+        let found = match self {
+            Self::Nobody | Self::Underpass | Self::PerPacket => true,
+            Self::Bpftrace => starts("bpftrace"),
+            Self::Tcplife => starts("tcplife"),
+            Self::Bandwhich => bandwhich().is_ok(),
         };
-        let found =
-            Command::new(program).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
         if !found {
-            say(format_args!("{program} is not installed and not measured"));
+            say(format_args!("{self} is not installed and not measured"));
         }
         found
     }
@@ -374,7 +439,7 @@ impl Watcher {
             Self::Underpass | Self::PerPacket => Command::new(crate::peers::sibling("underpass")?),
             Self::Bpftrace => Command::new("bpftrace"),
             Self::Tcplife => Command::new("tcplife"),
-            Self::Bandwhich => Command::new("bandwhich"),
+            Self::Bandwhich => Command::new(bandwhich()?),
         };
         match self {
             Self::Underpass => drop(command.args(["watch", "--json"])),
@@ -412,7 +477,7 @@ impl Running {
             let _ = errors.read_to_end(&mut notes);
             String::from_utf8_lossy(&notes).into_owned()
         });
-        // Long enough to load and attach; most of them do not say when they have.
+        // Long enough to load and attach; most do not say when they have.
         thread::sleep(Duration::from_secs(3));
         if let Some(status) = program.child.try_wait()? {
             bail!("{watcher} has ended ({status}): {}", notes.join().unwrap_or_default().trim());
@@ -420,15 +485,18 @@ impl Running {
         Ok(Self { watcher: Some((program, notes)) })
     }
 
-    /// The seconds of user and of system time that it has spent.
-    pub fn cpu(&self) -> Result<(f64, f64)> {
-        let Some((program, _)) = &self.watcher else { return Ok((0.0, 0.0)) };
-        let stat = fs::read_to_string(format!("/proc/{}/stat", program.child.id()));
-        let stat = stat.context("the watcher has ended")?;
-        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect::<Vec<_>>());
-        let ticks = |at: usize| fields.as_ref().and_then(|fields| fields.get(at)?.parse::<f64>().ok());
-        // utime and stime, fields 14 and 15 of proc(5), in hundredths of a second.
-        Ok((ticks(11).context("no CPU time")? / 100.0, ticks(12).context("no CPU time")? / 100.0))
+    /// The seconds that its threads have run, in user and system mode.
+    pub fn run_time(&self) -> Result<f64> {
+        let Some((program, _)) = &self.watcher else { return Ok(0.0) };
+        let threads =
+            fs::read_dir(format!("/proc/{}/task", program.child.id())).context("the watcher has ended")?;
+        let mut nanoseconds = 0.0;
+        for thread in threads {
+            // The first field; a thread may end meanwhile.
+            let stat = fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+            nanoseconds += stat.split(' ').next().and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+        }
+        Ok(nanoseconds / 1e9)
     }
 
     /// What it holds in memory.
@@ -443,7 +511,14 @@ impl Running {
     pub fn end(self) -> Result<String> {
         let Some((mut program, notes)) = self.watcher else { return Ok(String::new()) };
         kill(Pid::from_raw(program.child.id().cast_signed()), Signal::SIGINT)?;
-        program.child.wait()?;
+        // Who does not listen is killed with the process.
+        for _ in 0..100 {
+            if program.child.try_wait()?.is_some() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        drop(program);
         notes.join().map_err(|_| anyhow::anyhow!("the reader of stderr has panicked"))
     }
 }

@@ -105,7 +105,7 @@ fn measure(look: Look, namespace: &Namespace, time: Duration, table: &mut Table)
     if page.is_none() {
         thread::sleep(Duration::from_secs(3));
     }
-    let before = running.cpu()?;
+    let before = running.run_time()?;
     let began = Instant::now();
     let told = match page {
         Some(page) => Some(page.measure()?),
@@ -114,8 +114,7 @@ fn measure(look: Look, namespace: &Namespace, time: Duration, table: &mut Table)
             None
         }
     };
-    let after = running.cpu()?;
-    let spent = after.0 + after.1 - before.0 - before.1;
+    let spent = running.run_time()? - before;
     table.add(&row, SERVER_CPU, 100.0 * spent / began.elapsed().as_secs_f64());
     table.add(&row, MEMORY, running.resident_mib()?);
     if let Some(told) = told {
