@@ -42,9 +42,9 @@ use crate::{
 
 /// The buffer that a connection starts with, in bytes; it grows while reads fill it.
 const BUFFER: usize = 16 << 10;
-/// The buffer that reads can make it grow to. A message that is longer makes it as
-/// long as the message.
-const LARGE_BUFFER: usize = 256 << 10;
+/// The buffer that reads can make it grow to: what is read is written while it is still in
+/// the CPU's cache. A message that is longer makes it as long as the message.
+const LARGE_BUFFER: usize = 128 << 10;
 /// What waits for a backend with [`WhenFull::Drop`], at most, if no message is longer.
 const QUEUE: usize = 256 << 10;
 /// The longest message where `--length` does not say.
@@ -743,7 +743,7 @@ impl Sorter {
         self.filled -= self.used;
         self.used = 0;
         if full && self.buffer.len() < LARGE_BUFFER {
-            self.buffer.resize(self.buffer.len() * 4, 0);
+            self.buffer.resize((self.buffer.len() * 4).min(LARGE_BUFFER), 0);
         } else if self.filled == 0 && self.buffer.len() > LARGE_BUFFER {
             self.buffer = vec![]; // one long message must not cost its length for ever
         }
@@ -947,7 +947,7 @@ impl Inlet {
         self.buffer.copy_within(whole..self.filled, 0);
         self.filled -= whole;
         if full && self.buffer.len() < LARGE_BUFFER {
-            self.buffer.resize(self.buffer.len() * 4, 0);
+            self.buffer.resize((self.buffer.len() * 4).min(LARGE_BUFFER), 0);
         }
     }
 }

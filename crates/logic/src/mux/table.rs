@@ -91,11 +91,22 @@ fn candidates(table: &Table, byte: impl Fn(usize) -> Option<u8>, forget: impl Fn
 /// [`find`] in a message that lies in memory.
 pub fn find_in<'t>(table: &'t Table, payload: &[u8]) -> Option<&'t Slot> {
     let window = |end: usize| {
+        if let Some(window) = payload.get(..end)?.last_chunk() {
+            return Some(halves(*window));
+        }
         let mut window = [0; MAX_TAG];
         let kept = end.min(MAX_TAG);
         window[MAX_TAG - kept..].copy_from_slice(payload.get(end - kept..end)?);
         Some(halves(window))
     };
+    if table.shape_count == 1 {
+        // The usual case: all tags in one place, which needs no choice among places.
+        let shape = &table.shapes[0];
+        let bytes = window(usize::from(shape.end))?;
+        let tag = [bytes[0] & shape.mask[0], bytes[1] & shape.mask[1]];
+        let slot = &table.slots[place(table, tag, 0)];
+        return (slot.tag == tag && slot.shape == 0).then_some(slot);
+    }
     find(table, |at| payload.get(at).copied(), window, |value| value)
 }
 
