@@ -119,7 +119,7 @@ fn mime(name: &str) -> &'static str {
 }
 
 fn build(kernel: &Path, out: &Path) {
-    let target_dir = out.join("kernel");
+    let target_dir = shared(out).join("kernel");
     let mut cargo = toolchain();
     cargo
         .current_dir(kernel)
@@ -152,6 +152,12 @@ fn build(kernel: &Path, out: &Path) {
         fs::copy(built.join(name), &object)
             .unwrap_or_else(|e| panic!("no object for {}: {e}", source.display()));
     }
+}
+
+/// Cargo's target folder, which holds a tag: the objects are the same for whichever profile
+/// and machine the binary is built, so they are compiled once.
+fn shared(out: &Path) -> &Path {
+    out.ancestors().filter(|folder| folder.join("CACHEDIR.TAG").exists()).last().unwrap_or(out)
 }
 
 /// The cargo that can build for the BPF target.

@@ -5,14 +5,15 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use crate::{machine, plan::Spent, table::Row};
+use crate::{plan::Spent, programs::is_ours, table::Row};
 
 const FILE: &str = "matrix/verifier-budget.txt";
 const HEAD: &str = "# What the verifier spent on each program: `./dev matrix --update-budget` writes this.\n\
                     # A rise of either figure by more than 20 % fails `./dev matrix`.\n\
                     # program         kernel      instructions   states\n";
 
-type Figures = BTreeMap<(String, String), Spent>;
+/// By program and kernel.
+pub type Figures = BTreeMap<(String, String), Spent>;
 
 /// What came of the comparison.
 #[derive(Debug, Default)]
@@ -40,11 +41,11 @@ pub fn check(rows: &[Row], update: bool) -> Result<Budget> {
 }
 
 /// The most that was spent on each program: one loads with other constants than another.
-fn spent(rows: &[Row]) -> Figures {
+pub fn spent(rows: &[Row]) -> Figures {
     let mut figures = Figures::new();
     for row in rows {
         let Ok(run) = &row.run else { continue };
-        for load in run.loads.iter().filter(|load| load.error == 0 && machine::is_ours(load)) {
+        for load in run.loads.iter().filter(|load| load.error == 0 && is_ours(load)) {
             let Some(spent) = load.spent else { continue };
             let most = figures.entry((load.program.clone(), row.series.to_string())).or_insert(spent);
             most.instructions = most.instructions.max(spent.instructions);

@@ -31,16 +31,24 @@ pub struct Image {
 }
 
 impl Images {
-    /// The image for a machine, built at the first call.
+    /// Builds the image for a machine, once.
     ///
     /// # Errors
     /// Where something does not build.
-    pub fn get(&mut self, target: Target, cache: &Path) -> Result<&Image> {
+    pub fn build(&mut self, target: Target, cache: &Path) -> Result<()> {
         if !self.0.contains_key(target.triple) {
             let image = build(target, cache).with_context(|| format!("building for {}", target.triple))?;
             self.0.insert(target.triple, image);
         }
-        Ok(&self.0[target.triple])
+        Ok(())
+    }
+
+    /// The image for a machine.
+    ///
+    /// # Panics
+    /// Where it was not built.
+    pub fn get(&self, target: Target) -> &Image {
+        &self.0[target.triple]
     }
 }
 

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use crate::{
     image::{self, Image},
     kernels::{Arch, Kernel},
-    plan::{self, Load, MARKER, Plan, Report},
+    plan::{Load, MARKER, Plan, Report},
     suite::Step,
 };
 
@@ -33,6 +33,8 @@ pub struct Run {
     pub results: Vec<(Step, Outcome)>,
     /// Programs that were loaded, with what the verifier spent.
     pub loads: Vec<Load>,
+    /// Major and minor of the kernel.
+    pub version: (u32, u32),
     /// Why there is nothing more, if the guest did not come to its end.
     pub broken: Option<String>,
     /// Everything that the guest printed.
@@ -113,7 +115,7 @@ pub fn boot(kernel: &Kernel, image: &Image, steps: &[Step], cache: &Path, verbos
         End::Started => Some("it ended early: a panic, or too slow".to_owned()),
         End::Failed(error) => Some(error),
     };
-    Ok(Run { took: begun.elapsed(), results: guest.results, loads: guest.loads, broken, log })
+    Ok(Run { took: begun.elapsed(), results: guest.results, loads: guest.loads, version, broken, log })
 }
 
 /// What a guest has said so far.
@@ -213,9 +215,10 @@ fn run(
             line.clear();
         }
     });
-    let until = Instant::now() + patience;
+    let begun = Instant::now();
+    let until = begun + patience;
     while let Ok(line) = lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
-        writeln!(log, "{line}")?;
+        writeln!(log, "{:7.2} {line}", begun.elapsed().as_secs_f32())?;
         if verbose {
             eprintln!("   {line}");
         }
@@ -258,14 +261,6 @@ fn qemu(kernel: &Kernel, initrd: &Path) -> Command {
         command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
     }
     command
-}
-
-/// A load that belongs to underpass: the kernel's and the libraries' own tests have no
-/// such name.
-pub fn is_ours(load: &plan::Load) -> bool {
-    crate::suite::FUNCTIONS
-        .iter()
-        .any(|function| load.program.strip_prefix(function).is_some_and(|rest| rest.starts_with('_')))
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{image::Cpio, kernels::Arch};
 
 /// Started by tests, by name.
-const PROGRAMS: &[&str] = &["bash", "curl", "ethtool", "ip", "nc", "openssl", "python3"];
+const PROGRAMS: &[&str] =
+    &["bash", "curl", "ethtool", "ip", "mount", "nc", "openssl", "python3", "setpriv", "unshare"];
 /// Busybox stands in for these.
 const SMALL: &[&str] = &["sh", "cat", "sleep"];
 

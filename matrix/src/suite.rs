@@ -5,7 +5,7 @@ use crate::{image::Image, plan::Command};
 
 /// What can be asked for on the command line.
 pub const FUNCTIONS: &[&str] =
-    &["doctor", "packet", "app", "logic", "lab", "relay", "mux", "dnsguard", "shortcut", "watch"];
+    &["objects", "doctor", "packet", "app", "logic", "lab", "relay", "mux", "dnsguard", "shortcut", "watch"];
 
 /// A row of the table.
 #[derive(Debug, Clone)]
@@ -37,9 +37,12 @@ enum Run {
 const OLDEST: (u32, u32) = (5, 10);
 
 const STEPS: &[Step] = &[
+    tests("objects", "xdp and tc", "prog_run", &["objects::"], &[]),
+    Step { needs_peers: true, ..tests("objects", "exported", "net", &["guard::an_exported_object"], &[]) },
     // 3: a function that this kernel cannot do.
-    Step { statuses: &[0, 3], ..command("doctor", "itself", &["doctor"]) },
-    tests("doctor", "verdicts", "net", &["doctor::"], &[]),
+    slow(Step { statuses: &[0, 3], ..command("doctor", "itself", &["doctor"]) }),
+    tests("doctor", "verdicts", "net", &["doctor::"], &["the_shortcut"]),
+    Step { needs_peers: true, ..tests("doctor", "shortcut", "net", &["doctor::the_shortcut"], &[]) },
     tests("packet", "prog_run", "prog_run", &["packet::"], &[]),
     // The library's unit tests: what reads the kernel's BTF and files meets other kernels here.
     tests("app", "unit", "underpass-lib", &[], &[]),
@@ -209,6 +212,13 @@ pub fn steps(functions: &[String], quick: bool) -> Vec<Step> {
         .filter(|step| functions.is_empty() || functions.iter().any(|function| function == step.function))
         .cloned()
         .collect()
+}
+
+/// Whether the steps of these functions load every program that there is: the doctor
+/// tries those that need more than a packet.
+pub fn loads_all(functions: &[String]) -> bool {
+    let asked = |name: &str| functions.is_empty() || functions.iter().any(|function| function == name);
+    asked("objects") && asked("doctor")
 }
 
 impl Step {

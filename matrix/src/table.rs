@@ -1,13 +1,14 @@
 //! What is shown: kernel by kernel, and in the end function by function.
 
-use std::{fmt::Write as _, io::Write as _};
+use std::{collections::BTreeSet, fmt::Write as _, io::Write as _};
 
 use anyhow::Result;
 
 use crate::{
-    budget::Budget,
+    budget::{self, Budget},
     kernels::Series,
-    machine::{Outcome, Run, is_ours},
+    machine::{Outcome, Run},
+    programs,
 };
 
 /// What came of a kernel.
@@ -19,6 +20,8 @@ pub struct Row {
     pub release: Option<String>,
     /// What came of it; an error if there is no such kernel to be had.
     pub run: Result<Run>,
+    /// What ran loads every program that there is, where the kernel takes it.
+    pub loads_all: bool,
 }
 
 impl Row {
@@ -26,7 +29,14 @@ impl Row {
     pub fn is_ok(&self) -> bool {
         let Ok(run) = &self.run else { return true };
         run.broken.is_none()
+            && self.not_loaded().is_empty()
             && run.results.iter().all(|(_, outcome)| !matches!(outcome, Outcome::Failed(_) | Outcome::NotRun))
+    }
+
+    /// Programs that this kernel should have taken.
+    fn not_loaded(&self) -> Vec<&'static str> {
+        let Some(run) = self.run.as_ref().ok().filter(|_| self.loads_all) else { return vec![] };
+        programs::loaded(&run.loads, run.version).1
     }
 }
 
@@ -69,6 +79,15 @@ pub fn print(rows: &[Row], budget: &Budget) -> Result<()> {
         }
         writeln!(out)?;
     }
+    write!(out, "{:<24}", "programs loaded")?;
+    for row in rows {
+        let loaded = |run: &Run| match row.not_loaded()[..] {
+            [] => programs::loaded(&run.loads, run.version).0.to_string(),
+            _ => "FAILED".to_owned(),
+        };
+        write!(out, "{:<16}", row.run.as_ref().map_or("not run".to_owned(), loaded))?;
+    }
+    writeln!(out)?;
     write!(out, "{:<24}", "in all")?;
     for row in rows {
         let cell = row.run.as_ref().map_or(String::new(), |run| format!("{:.0}s", run.took.as_secs_f32()));
@@ -78,11 +97,31 @@ pub fn print(rows: &[Row], budget: &Budget) -> Result<()> {
     for row in rows {
         write!(out, "{}", notes(row))?;
     }
+    print_spent(&mut out, rows)?;
     if !budget.new.is_empty() {
         writeln!(out, "no verifier budget yet (./dev matrix --update-budget): {}", budget.new.join(", "))?;
     }
     for risen in &budget.risen {
         writeln!(out, "verifier budget: {risen}")?;
+    }
+    Ok(())
+}
+
+/// The verifier's figures, program by program.
+fn print_spent(out: &mut impl std::io::Write, rows: &[Row]) -> Result<()> {
+    let spent = budget::spent(rows);
+    let programs: BTreeSet<&String> = spent.keys().map(|(program, _)| program).collect();
+    if !programs.is_empty() {
+        writeln!(out, "\ninstructions that the verifier processed, states that it kept")?;
+    }
+    for program in programs {
+        write!(out, "{program:<24}")?;
+        for row in rows {
+            let spent = spent.get(&(program.clone(), row.series.to_string()));
+            let cell = spent.map_or("-".to_owned(), |it| format!("{} {}", it.instructions, it.states));
+            write!(out, "{cell:<16}")?;
+        }
+        writeln!(out)?;
     }
     Ok(())
 }
@@ -117,11 +156,13 @@ fn notes(row: &Row) -> String {
     if let Some(broken) = &run.broken {
         note(format!("FAILED the guest: {broken}"));
     }
-    let mut refused: Vec<_> = run.loads.iter().filter(|load| load.error != 0 && is_ours(load)).collect();
-    refused.dedup_by(|a, b| a.program == b.program);
-    for load in refused {
-        let error = std::io::Error::from_raw_os_error(load.error);
-        note(format!("the verifier refused {}: {error}", load.program));
+    let refused = run.loads.iter().filter(|load| load.error != 0 && programs::is_ours(load));
+    let refused: BTreeSet<_> = refused.map(|load| (&load.program, load.error)).collect();
+    for (program, error) in refused {
+        note(format!("the verifier refused {program}: {}", std::io::Error::from_raw_os_error(error)));
+    }
+    for program in row.not_loaded() {
+        note(format!("FAILED to load {program}: nothing did, though this kernel should take it"));
     }
     if !row.is_ok() {
         note(format!("what it printed is in {}", run.log.display()));

@@ -100,3 +100,68 @@ impl Shared<Credit> {
         consumed.fetch_add(bytes, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::mman::mmap_anonymous;
+
+    use super::*;
+
+    impl<T> Shared<T> {
+        /// This process' own memory in place of an array: Miri follows it there.
+        fn in_memory(len: u32) -> Self {
+            let bytes = NonZeroUsize::new(len as usize * size_of::<T>()).unwrap();
+            let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let base = unsafe { mmap_anonymous(None, bytes, access, MapFlags::MAP_PRIVATE) }.unwrap();
+            Self { base: base.cast(), len }
+        }
+    }
+
+    #[test]
+    fn slots_are_apart() {
+        let mut credits = Shared::<Credit>::in_memory(3);
+        credits.clear(0, 10);
+        credits.clear(2, 30);
+        credits.consume(2, 5);
+        credits.consume(2, 6);
+        let read = |slot| (credits.get(slot).cap, credits.get(slot).consumed);
+        assert_eq!([0, 1, 2].map(read), [(10, 0), (0, 0), (30, 11)]);
+        let mut progress = Shared::<Progress>::in_memory(2);
+        progress.clear(1);
+        assert_eq!(progress.get(1).passed, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "slot 3 of 3")]
+    fn a_slot_that_is_not_there_is_not_touched() {
+        Shared::<Credit>::in_memory(3).get(3);
+    }
+
+    /// A thread in the program's place redirects some bytes before it passes as many.
+    #[test]
+    fn what_was_redirected_before_is_seen_with_what_is_passed() {
+        let shared = Shared::<Progress>::in_memory(1);
+        let it = shared.at(0);
+        // SAFETY: both fields lie in the mapping, which outlives the threads, and are aligned.
+        let (redirected, passed) = unsafe {
+            (AtomicU64::from_ptr(&raw mut (*it).redirected), AtomicU64::from_ptr(&raw mut (*it).passed))
+        };
+        let rounds = if cfg!(miri) { 20 } else { 100_000 };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for count in 1..=rounds {
+                    redirected.store(count, Ordering::Relaxed);
+                    passed.store(count, Ordering::Release);
+                }
+            });
+            let mut seen = 0;
+            while seen < rounds {
+                let progress = shared.get(0);
+                assert!(progress.redirected >= progress.passed, "{progress:?}");
+                seen = progress.passed;
+                std::thread::yield_now();
+            }
+        });
+    }
+}

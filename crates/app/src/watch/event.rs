@@ -146,3 +146,31 @@ pub(super) fn key(report: &Connection) -> FlowKey {
         padding: 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Any bytes are a record, wherever it lies; one that is cut short is none.
+    #[test]
+    fn records_are_decoded_where_they_lie() {
+        let kinds = [
+            (event::CLOSED, size_of::<Connection>()),
+            (event::LIVE, size_of::<Connection>()),
+            (event::PROCESS, size_of::<Process>()),
+            (event::ANSWER, size_of::<underpass_abi::watch::Answer>()),
+            (event::RELEASED, size_of::<Released>()),
+        ];
+        for (kind, length) in kinds {
+            for shift in 0..8 {
+                let mut memory = vec![0xa5; shift + length];
+                memory[shift..shift + 4].copy_from_slice(&kind.to_ne_bytes());
+                let record = &memory[shift..];
+                assert!(Event::decode(record).is_some(), "kind {kind}, shifted by {shift}");
+                assert_eq!(Event::decode(&record[..length - 1]), None, "kind {kind}");
+            }
+        }
+        assert_eq!(Event::decode(&[0xff; 4000]), None);
+        assert_eq!(Event::decode(&[1]), None);
+    }
+}

@@ -92,7 +92,8 @@ fn everything_at_once() {
     let mut place = Place::new();
     let tally: &Tally = Box::leak(Box::default());
     load::serve(&place, tally);
-    let baseline = place.usage();
+    let (baseline, attached) = (place.usage(), place.attached());
+    assert!(!attached.is_empty(), "nothing is attached");
     let mut most = baseline.clone();
     let mut faults = Faults::default();
     let shared = Arc::clone(&place.shared);
@@ -113,6 +114,8 @@ fn everything_at_once() {
     assert_eq!(count(&tally.wrong), 0, "wrong bytes arrived");
     assert_eq!(count(&tally.failed), 0, "work failed that no fault had met");
     settle(&place, &baseline, &most);
+    eventually("no local connection is accelerated any more", || place.accelerated() == 0);
+    assert_eq!(place.attached(), attached, "other things are attached than in the beginning");
     drop(shared);
     let programs = place.programs();
     assert!(!programs.is_empty(), "nothing held a program");

@@ -5,5 +5,6 @@
 
 mod dnsguard;
 mod mux;
+mod objects;
 mod packet;
 mod run;

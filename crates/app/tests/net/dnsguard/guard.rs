@@ -231,6 +231,18 @@ fn a_down_interface_is_guarded_with_a_warning() {
 }
 
 #[test]
+fn an_exported_object_is_taken_by_the_kernel() {
+    let lab = Lab::new();
+    let folder = tempfile::tempdir().unwrap();
+    let object = folder.path().join("guard.o");
+    lab.run(Command::new(UNDERPASS).args(["dnsguard", "export"]).arg(&object));
+    let link = ["link", "set", "dev", "eth0", "xdpgeneric"];
+    let taken = lab.output(Command::new("ip").args(link).arg("obj").arg(&object));
+    assert!(taken.status.success(), "{}", text(&taken));
+    lab.run(Command::new("ip").args(link).arg("off"));
+}
+
+#[test]
 fn iproute2_loads_an_exported_object() {
     let (lab, folder, _servers) = lab();
     let object = folder.path().join("guard.o");

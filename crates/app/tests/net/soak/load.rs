@@ -14,6 +14,7 @@ use std::{
 };
 
 use nix::mount::{MsFlags, mount};
+use serde_json::Value;
 use underpass::shortcut::cgroup::Temporary;
 
 use super::{
@@ -159,6 +160,27 @@ impl Place {
             all.filter_map(|(name, daemon)| Some(Usage::of(name, daemon.as_ref()?))).collect();
         usage.push(Usage::of("mux messages", &self.messages));
         usage
+    }
+
+    /// What is attached or runs, and whether it is at work, as each host's `status` has it.
+    pub fn attached(&self) -> BTreeSet<String> {
+        let hosts = &self.shared.hosts;
+        let all = [("client", &hosts.client), ("relay", &hosts.relay), ("server", &hosts.server)];
+        let items = all.iter().flat_map(|(name, host)| {
+            let status: Value = serde_json::from_str(&succeed(host, &["status", "--json"])).unwrap();
+            let items = status["items"].as_array().unwrap().clone();
+            items
+                .into_iter()
+                .map(move |it| format!("{name}: {} on {}, works: {}", it["function"], it["on"], it["works"]))
+        });
+        items.collect()
+    }
+
+    /// How many local connections the shortcut's maps hold as accelerated.
+    pub fn accelerated(&self) -> u64 {
+        let shown = succeed(&self.shared.hosts.client, &["shortcut", "show", "--json"]);
+        let shown: Value = serde_json::from_str(&shown).unwrap();
+        shown["accelerated_now"].as_u64().unwrap()
     }
 
     /// The programs that all hold.
