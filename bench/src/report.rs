@@ -2,7 +2,7 @@
 //! the page that shows them.
 //!
 //! A [`Table`] has a row a subject (underpass on a path, a peer) and a column a
-//! measure. A benchmark goes through its subjects in rounds, A B C A B C
+//! measure. A benchmark goes through its subjects in rounds, A B C C B A
 //! ([`rounds`]), so that whatever else the machine does hits all of them alike,
 //! adds every sample, and hands the tables to [`Report::write`].
 
@@ -240,7 +240,8 @@ fn save(file: &Path, text: &str) -> Result<()> {
 }
 
 /// Goes through the subjects `n` times, one after the other in each round, and says
-/// on stderr how far it is.
+/// on stderr how far it is. Each round goes the other way than the one before, so that no
+/// subject always comes after the same.
 ///
 /// # Errors
 /// The first that `measure` returns.
@@ -249,7 +250,8 @@ where
     S: std::fmt::Display,
 {
     for round in 1..=n {
-        for subject in subjects {
+        for at in 0..subjects.len() {
+            let subject = &subjects[if round % 2 == 1 { at } else { subjects.len() - 1 - at }];
             say(format_args!("round {round} of {n}: {subject}"));
             measure(subject).with_context(|| format!("measuring {subject}"))?;
         }

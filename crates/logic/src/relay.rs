@@ -11,7 +11,9 @@
 //! 3. At most `cap` redirected bytes wait outside the other socket's send queue: a
 //!    reader that stops fills that, then the user side's socket, and then its
 //!    sender is stopped by TCP itself.
-//! 4. A direction is shut down only when every byte is in the other socket's send
+//! 4. Where the user side owes more than a receive queue takes, it stops the sender
+//!    ([`must_stop`]): some of that is charged to no socket, and TCP would not.
+//! 5. A direction is shut down only when every byte is in the other socket's send
 //!    queue ([`is_drained`]).
 
 use underpass_abi::relay::{Credit, Progress};
@@ -25,6 +27,9 @@ pub enum Verdict {
     Pass,
     /// To the user side, which owes nothing so far and has to be told.
     PassAndTell,
+    /// To the user side, which owes so much that it should look whether to
+    /// [stop the sender](must_stop).
+    PassAndWarn,
 }
 
 /// How many leading bytes of a segment arrived before, and whether it leaves a gap.
@@ -79,8 +84,10 @@ pub struct SendQueue {
 /// from their sender whatever comes (200 MB a second were seen).
 #[inline(always)]
 pub fn decide(progress: &Progress, credit: &Credit, queue: &SendQueue, len: u32) -> Verdict {
-    if progress.passed != credit.consumed {
-        return Verdict::Pass;
+    let owed = progress.passed.wrapping_sub(credit.consumed);
+    if owed != 0 {
+        let is_warned = owed / WARN_EVERY == (owed + len as u64) / WARN_EVERY;
+        return if is_warned { Verdict::Pass } else { Verdict::PassAndWarn };
     }
     let room = (queue.room.saturating_sub(SPARE) / OVERHEAD) as u64;
     let most = if room < credit.cap { room } else { credit.cap };
@@ -88,6 +95,21 @@ pub fn decide(progress: &Progress, credit: &Credit, queue: &SendQueue, len: u32)
         return Verdict::PassAndTell;
     }
     Verdict::Redirect
+}
+
+/// After how many more owed bytes the user side is told again.
+const WARN_EVERY: u64 = 4 << 20;
+/// From how many owed bytes the sender is stopped: more than a receive queue takes, so
+/// some of them are charged to no socket, and TCP will not stop it.
+const TOO_MANY: u64 = 8 << 20;
+/// At how many it may go on. Not a little fewer: each time it is let go it sends at once
+/// what a receive queue takes.
+const FEW: u64 = 4 << 20;
+
+/// Whether the sender of a direction of which the user side owes so many bytes must be
+/// stopped, or stay so.
+pub fn must_stop(owed: u64, stopped: bool) -> bool {
+    owed > if stopped { FEW } else { TOO_MANY }
 }
 
 /// Redirected bytes that are not in the other socket's send queue yet.
@@ -242,6 +264,31 @@ mod tests {
         assert_eq!(overlap(&progress, u32::MAX - 9), Ok(9));
         // Sequence numbers wrap.
         assert_eq!(overlap(&progress, 0), Err(Gap));
+    }
+
+    #[test]
+    fn a_sender_is_stopped_once_and_let_go_once() {
+        let owed = [0, TOO_MANY, TOO_MANY + 1, TOO_MANY, FEW + 1, FEW, TOO_MANY, 0];
+        let mut stopped = false;
+        let told = owed.map(|owed| {
+            stopped = must_stop(owed, stopped);
+            stopped
+        });
+        assert_eq!(told, [false, false, true, true, true, false, false, false]);
+    }
+
+    #[test]
+    fn who_owes_much_is_told_again() {
+        let queue = SendQueue { write_seq: 0, room: u32::MAX, owed: false };
+        let (mut progress, credit) = (Progress::default(), Credit::default());
+        let mut warnings = vec![];
+        for _ in 0..600 {
+            if decide(&progress, &credit, &queue, 32 << 10) == Verdict::PassAndWarn {
+                warnings.push(progress.passed >> 20);
+            }
+            progress.passed += 32 << 10;
+        }
+        assert_eq!(warnings, [3, 7, 11, 15]);
     }
 
     fn after(path: Path, kernel: bool, visits: &[(u32, u64)]) -> Vec<Path> {

@@ -13,7 +13,7 @@ use aya::{
 };
 use socket2::SockRef;
 use underpass_abi::relay::{Credit, EVENT_BROKEN, Progress};
-use underpass_logic::relay::{is_drained, may_write};
+use underpass_logic::relay::{is_drained, may_write, must_stop};
 
 use super::{
     shared::Shared,
@@ -54,6 +54,8 @@ pub struct Joined {
     pub judged: bool,
     /// `redirected` when the order was last found to be right.
     checked: Option<u64>,
+    /// The size of the receive queue before it was closed to stop the sender.
+    closed: Option<usize>,
 }
 
 /// What the program has to say about a slot.
@@ -146,7 +148,7 @@ impl Kernel {
         let base = tcp::baseline(socket)?.context("the connection is too busy to be handed over")?;
         self.progress.clear(slot);
         self.credits.clear(slot, CAP);
-        Ok(Joined { cookie, slot, base, judged: false, checked: None })
+        Ok(Joined { cookie, slot, base, judged: false, checked: None, closed: None })
     }
 
     /// Forgets a direction whose socket is closed, which took it out of the sockmaps.
@@ -181,6 +183,24 @@ impl Kernel {
         if src.judged {
             self.credits.consume(src.slot, bytes);
         }
+    }
+
+    /// Stops the sender of a direction of which far too many bytes are owed, and lets it
+    /// go on later; true while it is stopped, which has to be looked at again then. TCP
+    /// does it where passed bytes are charged to their socket; behind redirected ones that
+    /// cannot go out they are not.
+    ///
+    /// # Errors
+    /// Where the socket is closed.
+    pub fn throttle(&self, src: &mut Joined, socket: &TcpStream) -> io::Result<bool> {
+        let stop = must_stop(self.owed(src), src.closed.is_some());
+        if stop {
+            let size = tcp::close_receive_queue(socket)?;
+            src.closed.get_or_insert(size);
+        } else if let Some(size) = src.closed.take() {
+            tcp::open_receive_queue(socket, size)?;
+        }
+        Ok(stop)
     }
 
     /// Whether all that was redirected before the passed bytes is in the other

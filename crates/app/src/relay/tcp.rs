@@ -105,6 +105,31 @@ pub fn limit_receive_queue(socket: &impl AsFd) {
     }
 }
 
+/// Narrows a receive queue to what it holds: its sender is promised nothing more, and what
+/// is on its way still finds room. Tells the size before, for [`open_receive_queue`].
+///
+/// # Errors
+/// Where the socket is closed.
+pub fn close_receive_queue(socket: &impl AsFd) -> io::Result<usize> {
+    // What the receive queue holds, and may hold, come first (SO_MEMINFO, Linux 4.12).
+    let mut memory = [0u32; 9];
+    words(socket, (libc::SOL_SOCKET, libc::SO_MEMINFO), &mut memory)?;
+    let [held, size, ..] = memory;
+    // The kernel doubles what is asked for, and takes its least instead of less than that
+    // (socket(7)), which is below the size of a segment.
+    setsockopt(socket, sockopt::RcvBufForce, &(held as usize / 2))?;
+    Ok(size as usize)
+}
+
+/// Gives a socket back its receive queue. Its sender learns of it with the next read.
+///
+/// # Errors
+/// Where the socket is closed, or without CAP_NET_ADMIN.
+pub fn open_receive_queue(socket: &impl AsFd, size: usize) -> io::Result<()> {
+    // The kernel doubles what is asked for (socket(7)), and tells what it has.
+    Ok(setsockopt(socket, sockopt::RcvBufForce, &(size / 2))?)
+}
+
 /// Gives a socket a send queue of a fixed size. What a program redirects has to fit into
 /// it at once, and TCP widens a queue only as the connection needs it.
 ///
@@ -127,21 +152,22 @@ fn bytes_acked_and_received(socket: &impl AsFd) -> io::Result<(u64, u64)> {
     const ACKED: usize = 15;
     const RECEIVED: usize = 16;
     let mut info = [0u64; RECEIVED + 1];
-    let mut len = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes into `info`.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    };
-    if result == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    words(socket, (libc::IPPROTO_TCP, libc::TCP_INFO), &mut info)?;
     Ok((info[ACKED], info[RECEIVED]))
+}
+
+/// Reads the beginning of a socket option that is made of whole words.
+fn words<T: zerocopy::FromBytes + zerocopy::IntoBytes>(
+    socket: &impl AsFd,
+    (level, name): (libc::c_int, libc::c_int),
+    words: &mut [T],
+) -> io::Result<()> {
+    let mut len = size_of_val(words) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `words`, and any bytes will do.
+    let result = unsafe {
+        libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, words.as_mut_ptr().cast(), &raw mut len)
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Bytes that were received and not read (FIONREAD).

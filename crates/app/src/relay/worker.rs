@@ -621,6 +621,10 @@ impl Pair {
     fn advance(&mut self, slot: u32, tools: &mut Tools) -> Result<Wait, Failed> {
         let [a, b] = &mut self.ends;
         let (src, dst) = if slot.is_multiple_of(2) { (a, b) } else { (b, a) };
+        let stopped = match (&tools.kernel, &mut src.joined) {
+            (Some(kernel), Some(joined)) => kernel.throttle(joined, &src.stream).map_err(Failed::Source)?,
+            _ => false,
+        };
         let splice = self.path == Path::Splice;
         let before = src.copied + src.spliced;
         let wait = src.carry(dst, splice, tools)?;
@@ -629,6 +633,7 @@ impl Pair {
             self.window.note(slot % 2, moved);
         }
         match wait {
+            Wait::Event if stopped => Ok(Wait::Retry),
             Wait::Event => src.finish(dst, tools),
             Wait::Retry | Wait::Turn => Ok(wait),
         }

@@ -6,7 +6,11 @@ use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -37,8 +41,28 @@ pub struct Hosts {
 
 impl Hosts {
     pub fn new() -> Self {
-        let [client, relay, server] = [(); 3].map(|()| Namespace::new().unwrap());
+        let [client, relay] = [(); 2].map(|()| Namespace::new().unwrap());
         client.join("eth0", &relay, "eth0").unwrap();
+        Self::with(client, relay)
+    }
+
+    /// As before, with a long wire between client and relay.
+    pub fn far(delay: Duration) -> (Self, Wire) {
+        let [client, middle, relay] = [(); 3].map(|()| Namespace::new().unwrap());
+        client.join("eth0", &middle, "west").unwrap();
+        middle.join("east", &relay, "eth0").unwrap();
+        for host in [&client, &relay] {
+            // The wire takes whole frames as they are: they have to be frames of a wire.
+            let mut ethtool = Command::new("ethtool");
+            ethtool.args(["-K", "eth0", "tx", "off", "tso", "off", "gso", "off"]).stdout(Stdio::null());
+            assert!(host.spawn(&mut ethtool).unwrap().wait().unwrap().success());
+        }
+        let wire = Wire::new(&middle, delay);
+        (Self::with(client, relay), wire)
+    }
+
+    fn with(client: Namespace, relay: Namespace) -> Self {
+        let server = Namespace::new().unwrap();
         relay.join("eth1", &server, "eth0").unwrap();
         let addresses = [
             (&client, "eth0", ["10.0.1.1", "fd00:1::1"]),
@@ -307,9 +331,51 @@ fn log_lines_have_fields() {
     assert_eq!(got, ["[::]:80", "a \"b=c\"", "", "1"]);
 }
 
+/// Carries frames between the interfaces `west` and `east` of a namespace, each after a
+/// time, until it is dropped. netem does that better; not every kernel has it.
+pub struct Wire {
+    cut: Arc<AtomicBool>,
+}
+
+impl Wire {
+    fn new(middle: &Namespace, delay: Duration) -> Self {
+        let wire = Self { cut: Arc::default() };
+        for (from, to) in [("west", "east"), ("east", "west")] {
+            let [from, to] = [from, to].map(|end| middle.frames(end).unwrap());
+            nix::sys::socket::setsockopt(&from, nix::sys::socket::sockopt::RcvBufForce, &(32 << 20)).unwrap();
+            from.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            let (under_way, arriving) = mpsc::channel::<(Instant, Vec<u8>)>();
+            let cut = Arc::clone(&wire.cut);
+            thread::spawn(move || {
+                let mut frame = vec![0; 64 << 10];
+                while !cut.load(Ordering::Relaxed) {
+                    if let Ok(len) = (&from).read(&mut frame) {
+                        under_way.send((Instant::now() + delay, frame[..len].to_vec())).unwrap();
+                    }
+                }
+            });
+            thread::spawn(move || {
+                for (due, frame) in arriving {
+                    thread::sleep(due.saturating_duration_since(Instant::now()));
+                    // A full queue loses it, as on any wire.
+                    let _ = to.send(&frame);
+                }
+            });
+        }
+        wire
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.cut.store(true, Ordering::Relaxed);
+    }
+}
+
 /// An endless stream of bytes that look random; each seed has its own. Whoever
 /// receives it knows what has to come, so the first wrong byte is told from which
 /// it should have been, which no checksum does.
+#[derive(Clone)]
 pub struct Stream {
     at: usize,
     pub count: u64,
@@ -436,8 +502,7 @@ pub fn expect_reset(mut from: &TcpStream) {
 
 /// Sends `bytes` there and as many back, checked.
 pub fn exchange(a: &TcpStream, b: &TcpStream, there: &mut Stream, back: &mut Stream, bytes: u64) {
-    let (mut got_there, mut got_back) =
-        (Stream { at: there.at, count: there.count }, Stream { at: back.at, count: back.count });
+    let (mut got_there, mut got_back) = (there.clone(), back.clone());
     one_way(a, b, there, &mut got_there, bytes);
     one_way(b, a, back, &mut got_back, bytes);
 }

@@ -126,7 +126,7 @@ impl Model {
                 self.redirected.push_back((start, len));
                 self.progress.redirected += u64::from(len);
             }
-            Verdict::Pass => self.pass(start, len),
+            Verdict::Pass | Verdict::PassAndWarn => self.pass(start, len),
             Verdict::PassAndTell => {
                 self.told = true;
                 self.pass(start, len);

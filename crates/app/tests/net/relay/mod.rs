@@ -66,7 +66,11 @@ impl World {
 
     /// With further arguments for the relay.
     pub fn with(path: Path, family: Family, args: &[&str]) -> Self {
-        let hosts = Hosts::new();
+        Self::on(Hosts::new(), path, family, args)
+    }
+
+    /// On other hosts than usual.
+    pub fn on(hosts: Hosts, path: Path, family: Family, args: &[&str]) -> Self {
         let target = hosts.listen(family);
         let (relay, listen) = to(&hosts, path, family, target.local_addr().unwrap(), args);
         Self { hosts, path, family, relay, listen, target }
