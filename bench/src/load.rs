@@ -211,6 +211,11 @@ impl Clients<'_> {
     /// Connects, asks, is answered and closed, over and over by this many threads;
     /// exchanges a second.
     pub fn short(&self, parallel: usize, time: Duration) -> Result<f64> {
+        Ok(self.short_counted(parallel, time)?.0)
+    }
+
+    /// The same, and how many there were.
+    pub fn short_counted(&self, parallel: usize, time: Duration) -> Result<(f64, u64)> {
         self.enter(|| {
             let start = Instant::now();
             let one = || -> Result<u64> {
@@ -222,7 +227,7 @@ impl Clients<'_> {
                 Ok(done)
             };
             let done: u64 = in_parallel(parallel, |_| one())?.into_iter().sum();
-            Ok(done as f64 / start.elapsed().as_secs_f64())
+            Ok((done as f64 / start.elapsed().as_secs_f64(), done))
         })
     }
 

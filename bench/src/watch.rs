@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -240,16 +240,13 @@ impl Bench {
         let _server = Server::start(&self.client, at, None)?;
         let running = Running::start(Watcher::Underpass, &self.client)?;
         let clients = Clients { namespace: &self.client, to: at, cpu: None };
-        let time = 3 * self.time;
-        let began = Instant::now();
-        let rate = clients.short(crowd, time)?;
-        let made = rate * began.elapsed().as_secs_f64();
+        let (rate, made) = clients.short_counted(crowd, 3 * self.time)?;
         // A connection is over once the client has acknowledged the server's end.
         thread::sleep(Duration::from_millis(500));
         let notes = running.end()?;
         let told = Summary::read(&notes).with_context(|| format!("no summary: {notes}"))?;
         self.highest.add(&row, REACHED, rate);
-        self.highest.add(&row, ENDS, 100.0 * told.ended as f64 / (2.0 * made));
+        self.highest.add(&row, ENDS, 100.0 * told.ended as f64 / (2 * made) as f64);
         self.highest.add(&row, EVENTS, told.events as f64);
         self.highest.add(&row, CHANGES, told.changes as f64);
         Ok(())
@@ -415,7 +412,9 @@ fn starts(program: &str) -> bool {
 
 /// Where `./dev setup bench` puts it: beside the folder of the binaries.
 fn bandwhich() -> Result<PathBuf> {
-    let path = std::env::current_exe()?.join("../../peers/bin/bandwhich");
+    let binaries = std::env::current_exe()?;
+    let folder = binaries.ancestors().nth(2).context("no folder of the binaries")?;
+    let path = folder.join("peers/bin/bandwhich");
     path.canonicalize().context("bandwhich is not there; run ./dev setup bench")
 }
 

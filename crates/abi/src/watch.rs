@@ -344,6 +344,18 @@ pub struct Peer {
     pub padding: u32,
 }
 
+/// The state change that a CPU last began to look at.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct StateChange {
+    /// The socket's address in the kernel.
+    pub sk: u64,
+    /// The state that it entered, as in the kernel's `tcp_states.h`.
+    pub new: i32,
+    /// 1 while it is being looked at.
+    pub busy: u32,
+}
+
 /// Indices of the per-CPU counters of what was missed.
 pub mod lost {
     /// Ends of connections that found the ring buffer full.
@@ -354,8 +366,10 @@ pub mod lost {
     pub const SOCKETS: u32 = 2;
     /// Descriptions of programs and answers of name servers that found the ring full.
     pub const NAMES: u32 = 3;
+    /// State changes that the kernel passed over once and the second program caught: not lost.
+    pub const CAUGHT: u32 = 4;
     /// How many there are.
-    pub const COUNT: u32 = 4;
+    pub const COUNT: u32 = 5;
 }
 
 /// Indices of what the user side switches while the programs run.

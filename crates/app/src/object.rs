@@ -1,6 +1,6 @@
 //! The kernel objects that this binary carries, one per function.
 
-use aya::programs::ProgramError;
+use aya::{EbpfError, programs::ProgramError};
 
 macro_rules! object {
     ($name:literal) => {
@@ -25,6 +25,14 @@ pub const SHORTCUT: &[u8] = object!("shortcut");
 /// dnsguard's programs.
 pub const DNSGUARD: &[u8] = object!("dnsguard");
 
+/// dnsguard for other loaders.
+pub const DNSGUARD_EXPORT: &[u8] = object!("dnsguard_export");
+
+/// Why an object could not be loaded: aya's errors say the same on each of their levels.
+pub(crate) fn root(error: EbpfError) -> anyhow::Error {
+    anyhow::anyhow!("{}", anyhow::Error::from(error).root_cause())
+}
+
 /// Why the kernel did not load a program: the verifier's last word, not its whole log.
 pub(crate) fn refusal(error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError { io_error, verifier_log } = error else { return error.into() };
@@ -40,5 +48,3 @@ pub(crate) fn refusal(error: ProgramError) -> anyhow::Error {
         None => io_error.into(),
     }
 }
-/// dnsguard for other loaders.
-pub const DNSGUARD_EXPORT: &[u8] = object!("dnsguard_export");

@@ -51,15 +51,23 @@ impl Gateway {
         let mut object = EbpfLoader::new()
             .override_global("EACH", &each, true)
             .load(object::WATCH_GATEWAY)
+            .map_err(object::root)
             .context("the kernel refuses the gateway's maps (it takes CAP_BPF)")?;
         for (name, at) in [("watch_ingress", TcAttachType::Ingress), ("watch_egress", TcAttachType::Egress)] {
             let program =
                 object.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
             let program: &mut SchedClassifier = program.try_into()?;
-            program.load().with_context(|| format!("the kernel refuses {name}"))?;
+            program
+                .load()
+                .map_err(object::refusal)
+                .with_context(|| format!("the kernel refuses {name} (it takes CAP_BPF and CAP_NET_ADMIN)"))?;
             program
                 .attach_with_options(interface, at, TcAttachOptions::TcxOrder(LinkOrder::first()))
-                .with_context(|| format!("cannot attach {name} to {interface}: it takes an interface of that name, TCX (Linux 6.6) and CAP_NET_ADMIN"))?;
+                .with_context(|| {
+                    format!(
+                        "cannot attach {name} to {interface} (it takes TCX, of Linux 6.6, and CAP_NET_ADMIN)"
+                    )
+                })?;
         }
         let mut take = |name| object.take_map(name).with_context(|| format!("the object has no map {name}"));
         Ok(Self {

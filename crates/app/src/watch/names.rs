@@ -2,11 +2,12 @@
 //! of this host received.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     rc::Rc,
     time::Duration,
 };
 
+use foldhash::HashMap;
 use hickory_proto::{
     op::{Message, MessageType},
     rr::{Name, RData},

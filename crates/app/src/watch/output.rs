@@ -1,6 +1,7 @@
 //! One line per event: for programs as JSON, for people as text.
 
 use std::{
+    borrow::Cow,
     io::{self, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     time::{Duration, SystemTime},
@@ -38,55 +39,6 @@ pub fn boot_time() -> u64 {
     time.map_or(0, |time| Duration::from(time).as_nanos() as u64)
 }
 
-/// One JSON object a line. Absent is absent: a field that is not known is left out.
-#[derive(Debug, Default, Serialize)]
-struct Json<'a> {
-    time: String,
-    event: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    protocol: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    direction: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    local: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remote: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remote_name: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    comm: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    exe: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    uid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cgroup: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    container: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    unit: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    netns: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    rx_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tx_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    rtt_us: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    retransmits: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    duration_ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    attribution: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    unseen: Option<bool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    lost: Option<LostJson>,
-}
-
 /// What was missed since the start, in the event `lost`.
 #[derive(Debug, Serialize)]
 pub struct LostJson {
@@ -109,55 +61,149 @@ impl From<Lost> for LostJson {
     }
 }
 
-/// Writes a line of JSON.
-///
-/// # Errors
-/// Those of the writer.
-pub fn json(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
-    let json = match line {
-        Line::Connection { what, connection } => connection_json(*what, connection, clock),
-        Line::Lost(lost) => Json {
-            time: rfc3339(SystemTime::now()),
-            event: "lost",
-            lost: Some((*lost).into()),
-            ..Json::default()
-        },
-    };
-    serde_json::to_writer(&mut *out, &json)?;
-    out.write_all(b"\n")
+/// Writes a line of JSON, one object. Absent is absent: a field that is not known is left out.
+pub fn json(out: &mut Vec<u8>, line: &Line, clock: Clock) {
+    match line {
+        Line::Connection { what, connection } => connection_json(out, *what, connection, clock),
+        Line::Lost(lost) => {
+            let mut object = Object::begin(out, SystemTime::now(), "lost");
+            object.json("lost", &LostJson::from(*lost));
+            object.end();
+        }
+    }
 }
 
-fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
+/// An object that is being written, field by field: there may be a hundred thousand a
+/// second, so nothing is allocated, and only what comes from elsewhere is escaped.
+struct Object<'a>(&'a mut Vec<u8>);
+
+impl<'a> Object<'a> {
+    /// With the fields that each has.
+    fn begin(out: &'a mut Vec<u8>, time: SystemTime, event: &str) -> Self {
+        out.extend_from_slice(b"{\"time\":\"");
+        let _ = write!(out, "{}", humantime::format_rfc3339_micros(time));
+        out.push(b'"');
+        let mut object = Self(out);
+        object.word("event", event);
+        object
+    }
+
+    fn name(&mut self, name: &str) {
+        self.0.extend_from_slice(b",\"");
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.extend_from_slice(b"\":");
+    }
+
+    /// A word of ours, in which nothing is to be escaped.
+    fn word(&mut self, name: &str, word: &str) {
+        self.name(name);
+        self.0.push(b'"');
+        self.0.extend_from_slice(word.as_bytes());
+        self.0.push(b'"');
+    }
+
+    /// Any text, or whatever else JSON has.
+    fn json(&mut self, name: &str, value: &(impl Serialize + ?Sized)) {
+        self.name(name);
+        // A vector takes everything, and none of these values can fail.
+        let _ = serde_json::to_writer(&mut *self.0, value);
+    }
+
+    fn text(&mut self, name: &str, text: Option<&str>) {
+        if let Some(text) = text.filter(|text| !text.is_empty()) {
+            self.json(name, text);
+        }
+    }
+
+    fn number(&mut self, name: &str, number: impl Into<u64>) {
+        self.json(name, &number.into());
+    }
+
+    /// An address with its port, as people write it: in it nothing is to be escaped.
+    fn address(&mut self, name: &str, at: &Address, port: u16, other: &Address) {
+        if let Some(ip) = shown_ip(at, port, other) {
+            self.name(name);
+            self.0.push(b'"');
+            match ip {
+                // Without the machinery of formatting: that takes a quarter of the whole.
+                IpAddr::V4(ip) => {
+                    for (octet, mark) in ip.octets().into_iter().zip(*b"...:") {
+                        let _ = serde_json::to_writer(&mut *self.0, &octet);
+                        self.0.push(mark);
+                    }
+                    if port == 0 {
+                        self.0.pop();
+                    } else {
+                        let _ = serde_json::to_writer(&mut *self.0, &port);
+                    }
+                }
+                IpAddr::V6(ip) if port == 0 => drop(write!(self.0, "{ip}")),
+                IpAddr::V6(ip) => drop(write!(self.0, "[{ip}]:{port}")),
+            }
+            self.0.push(b'"');
+        }
+    }
+
+    fn end(self) {
+        self.0.extend_from_slice(b"}\n");
+    }
+}
+
+fn connection_json(out: &mut Vec<u8>, what: What, view: &View, clock: Clock) {
     let report = &view.report;
     let began = matches!(what, What::Connect | What::Accept);
-    let known = report.owner.quality > quality::NONE;
-    let program = view.program.as_deref();
-    let place = program.map(|program| place::of(&program.cgroup_path)).unwrap_or_default();
     let time = if began && report.started != 0 { report.started } else { report.at };
-    Json {
-        time: rfc3339(clock.wall(time)),
-        event: event(what),
-        protocol: Some(protocol(report.protocol)),
-        direction: direction_word(report),
-        local: address(&report.local, report.local_port, &report.remote),
-        remote: address(&report.remote, report.remote_port, &report.local),
-        remote_name: view.remote_name.as_deref(),
-        pid: known.then_some(report.owner.tgid),
-        comm: known.then(|| comm(report)),
-        exe: program.map(|program| program.exe.as_str()).filter(|exe| !exe.is_empty()),
-        uid: known.then_some(report.owner.uid),
-        cgroup: program.map(|program| program.cgroup_path.as_str()).filter(|path| !path.is_empty()),
-        container: place.container,
-        unit: place.unit,
-        netns: Some(report.netns).filter(|netns| *netns != 0),
-        rx_bytes: (!began).then_some(report.rx_bytes),
-        tx_bytes: (!began).then_some(report.tx_bytes),
-        rtt_us: (report.rtt_us != 0 && !began).then_some(report.rtt_us),
-        retransmits: (report.protocol == 6 && !began).then_some(report.retransmits),
-        duration_ms: duration(report).filter(|_| !began).map(|duration| duration.as_millis() as u64),
-        attribution: Some(attribution(report)),
-        unseen: (what == What::Close && report.flags & flag::UNSEEN != 0).then_some(true),
-        lost: None,
+    let mut object = Object::begin(out, clock.wall(time), event(what));
+    object.word("protocol", &protocol(report.protocol));
+    if let Some(word) = direction_word(report) {
+        object.word("direction", word);
+    }
+    object.address("local", &report.local, report.local_port, &report.remote);
+    object.address("remote", &report.remote, report.remote_port, &report.local);
+    object.text("remote_name", view.remote_name.as_deref());
+    process_json(&mut object, view);
+    if report.netns != 0 {
+        object.number("netns", report.netns);
+    }
+    if !began {
+        object.number("rx_bytes", report.rx_bytes);
+        object.number("tx_bytes", report.tx_bytes);
+        if report.rtt_us != 0 {
+            object.number("rtt_us", report.rtt_us);
+        }
+        if report.protocol == 6 {
+            object.number("retransmits", report.retransmits);
+        }
+        if let Some(duration) = duration(report) {
+            object.number("duration_ms", duration.as_millis() as u64);
+        }
+    }
+    object.word("attribution", attribution(report));
+    if what == What::Close && report.flags & flag::UNSEEN != 0 {
+        object.json("unseen", &true);
+    }
+    object.end();
+}
+
+/// Whose it is, as far as that is known.
+fn process_json(object: &mut Object<'_>, view: &View) {
+    let owner = &view.report.owner;
+    let known = owner.quality > quality::NONE;
+    let program = view.program.as_deref();
+    if known {
+        object.number("pid", owner.tgid);
+        object.json("comm", &*comm(&view.report));
+    }
+    object.text("exe", program.map(|program| program.exe.as_str()));
+    if known {
+        object.number("uid", owner.uid);
+    }
+    let path = program.map(|program| program.cgroup_path.as_str());
+    object.text("cgroup", path);
+    if let Some(path) = path.filter(|path| !path.is_empty()) {
+        let place = place::of(path);
+        object.text("container", place.container.as_deref());
+        object.text("unit", place.unit.as_deref());
     }
 }
 
@@ -166,7 +212,7 @@ fn connection_json(what: What, view: &View, clock: Clock) -> Json<'_> {
 struct PacketJson {
     time: String,
     event: &'static str,
-    protocol: String,
+    protocol: Cow<'static, str>,
     direction: &'static str,
     local: Option<String>,
     remote: Option<String>,
@@ -180,7 +226,7 @@ struct PacketJson {
 ///
 /// # Errors
 /// Those of the writer.
-pub fn packet(out: &mut impl Write, note: &PacketNote, as_json: bool, clock: Clock) -> io::Result<()> {
+pub fn packet(out: &mut Vec<u8>, note: &PacketNote, as_json: bool, clock: Clock) -> io::Result<()> {
     let Passage { beyond, behind, beyond_port, behind_port, protocol: number, .. } = note.passage;
     let sent = note.out == 1;
     let line = PacketJson {
@@ -213,7 +259,7 @@ pub fn packet(out: &mut impl Write, note: &PacketNote, as_json: bool, clock: Clo
 ///
 /// # Errors
 /// Those of the writer.
-pub fn text(out: &mut impl Write, line: &Line, clock: Clock) -> io::Result<()> {
+pub fn text(out: &mut Vec<u8>, line: &Line, clock: Clock) -> io::Result<()> {
     let (what, view) = match line {
         Line::Connection { what, connection } => (*what, connection),
         Line::Lost(lost) => return writeln!(out, "lost     {}", lost_text(*lost)),
@@ -304,28 +350,28 @@ pub fn attribution(report: &Connection) -> &'static str {
 }
 
 /// The protocol's word, or its number where it has none here.
-pub fn protocol(number: u16) -> String {
-    match number {
-        1 => "icmp".to_owned(),
-        6 => "tcp".to_owned(),
-        17 => "udp".to_owned(),
-        33 => "dccp".to_owned(),
-        58 => "icmpv6".to_owned(),
-        132 => "sctp".to_owned(),
-        136 => "udplite".to_owned(),
-        255 => "raw".to_owned(),
-        262 => "mptcp".to_owned(),
-        PACKET => "packet".to_owned(),
-        number => format!("ip-{number}"),
-    }
+pub fn protocol(number: u16) -> Cow<'static, str> {
+    Cow::Borrowed(match number {
+        1 => "icmp",
+        6 => "tcp",
+        17 => "udp",
+        33 => "dccp",
+        58 => "icmpv6",
+        132 => "sctp",
+        136 => "udplite",
+        255 => "raw",
+        262 => "mptcp",
+        PACKET => "packet",
+        number => return Cow::Owned(format!("ip-{number}")),
+    })
 }
 
 /// The process' name, threads of the kernel in brackets as ps(1) has them.
-pub fn comm(report: &Connection) -> String {
+pub fn comm(report: &Connection) -> Cow<'_, str> {
     let comm = &report.owner.comm;
     let end = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
     let name = String::from_utf8_lossy(&comm[..end]);
-    if report.flags & flag::KERNEL != 0 { format!("[{name}]") } else { name.into_owned() }
+    if report.flags & flag::KERNEL != 0 { Cow::Owned(format!("[{name}]")) } else { name }
 }
 
 /// How long the connection has lasted; `None` where it began before the watch.
@@ -336,12 +382,16 @@ pub fn duration(report: &Connection) -> Option<Duration> {
 /// An address as people write it; `None` where nothing is known. "Any" is written
 /// in the family of the other side.
 pub fn address(address: &Address, port: u16, other: &Address) -> Option<String> {
+    let ip = shown_ip(address, port, other)?;
+    Some(if port == 0 { ip.to_string() } else { SocketAddr::new(ip, port).to_string() })
+}
+
+fn shown_ip(address: &Address, port: u16, other: &Address) -> Option<IpAddr> {
     if *address == [0; 16] && port == 0 {
         return None;
     }
     let any_of_v4 = *address == [0; 16] && matches!(ip(other), IpAddr::V4(_));
-    let ip = if any_of_v4 { IpAddr::from([0, 0, 0, 0]) } else { ip(address) };
-    Some(if port == 0 { ip.to_string() } else { SocketAddr::new(ip, port).to_string() })
+    Some(if any_of_v4 { IpAddr::from([0, 0, 0, 0]) } else { ip(address) })
 }
 
 /// The address, an IPv4-mapped one as IPv4.
@@ -393,7 +443,7 @@ mod tests {
 
     fn written(line: &Line) -> String {
         let mut out = vec![];
-        json(&mut out, line, Clock { zero: SystemTime::UNIX_EPOCH }).unwrap();
+        json(&mut out, line, Clock { zero: SystemTime::UNIX_EPOCH });
         String::from_utf8(out).unwrap()
     }
 
@@ -409,6 +459,29 @@ mod tests {
              \"rx_bytes\":500000,\"tx_bytes\":1000,\"rtt_us\":12345,\"retransmits\":1,\"duration_ms\":0,\
              \"attribution\":\"kernel\"}\n"
         );
+    }
+
+    #[test]
+    fn addresses_are_written_as_people_do() {
+        for (ip, port) in [
+            ("192.0.2.255", 0),
+            ("10.0.0.1", 65535),
+            ("0.0.0.0", 7),
+            ("2001:db8::1", 0),
+            ("::1", 53),
+            ("::", 80),
+        ] {
+            let ip: IpAddr = ip.parse().unwrap();
+            let octets = match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            };
+            let mut out = vec![];
+            Object(&mut out).address("a", &octets, port, &[0; 16]);
+            let text = if port == 0 { ip.to_string() } else { SocketAddr::new(ip, port).to_string() };
+            assert_eq!(String::from_utf8(out).unwrap(), format!(",\"a\":\"{text}\""));
+            assert_eq!(address(&octets, port, &[0; 16]), Some(text));
+        }
     }
 
     #[test]

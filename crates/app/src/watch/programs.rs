@@ -46,13 +46,16 @@ impl Programs {
             .override_global("OFFSETS", &offsets, true)
             .override_global("CALLS", &calls, true)
             .override_global("FILTER", filter, true)
+            .map_max_entries("EVENTS", ring_size())
             .load(object::WATCH)
+            .map_err(object::root)
             .context("the kernel refuses watch's maps (it takes CAP_BPF and CAP_PERFMON)")?;
         let kernel =
             Btf::from_sys_fs().context("the kernel does not describe its types (CONFIG_DEBUG_INFO_BTF)")?;
         let mut missing = vec![];
 
         let state_program = tracepoint(&mut object, "watch_state", "inet_sock_set_state", &kernel)?;
+        tracepoint(&mut object, "watch_state2", "inet_sock_set_state", &kernel)?;
         for (name, point) in [("watch_send", "sock_send_length"), ("watch_receive", "sock_recv_length")] {
             if let Err(error) = tracepoint(&mut object, name, point, &kernel) {
                 missing.push(format!("{point} (Linux 6.3): UDP, raw packets and frames are not counted, and an accepted connection keeps its listener's name until it is closed ({error:#})"));
@@ -143,13 +146,21 @@ impl Programs {
         Ok(Missed {
             events: count(lost::ENDS)?,
             names: count(lost::NAMES)?,
-            changes: runs_missed(self.state_program.as_fd()),
+            changes: runs_missed(self.state_program.as_fd()).saturating_sub(count(lost::CAUGHT)?),
             flows: count(lost::FLOWS)?,
             sockets: count(lost::SOCKETS)?,
             passages: 0,
             packets: 0,
         })
     }
+}
+
+/// How many bytes the ring of events has: the more CPUs, the more ends a second. A
+/// power of two, as the kernel asks for.
+fn ring_size() -> u32 {
+    const A_CPU: usize = 2 << 20;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    (A_CPU * cpus.clamp(2, 16)).next_power_of_two() as u32
 }
 
 /// How often the kernel did not run a program because the CPU was in the middle of
@@ -166,7 +177,7 @@ fn tracepoint(object: &mut Ebpf, name: &str, point: &str, kernel: &Btf) -> Resul
     program
         .load(point, kernel)
         .map_err(object::refusal)
-        .with_context(|| format!("the kernel refuses {name}"))?;
+        .with_context(|| format!("the kernel refuses {name} (it takes CAP_BPF and CAP_PERFMON)"))?;
     program.attach().with_context(|| format!("cannot attach {name} to {point}"))?;
     Ok(program.fd()?.as_fd().try_clone_to_owned()?)
 }

@@ -367,7 +367,7 @@ fn row(key: &FlowKey, open: &Open) -> (Row, String) {
     let row = Row {
         key: Some(*key),
         name,
-        protocol: protocol(report.protocol),
+        protocol: protocol(report.protocol).into_owned(),
         arrow: match report.direction {
             direction::OUTBOUND => "->",
             direction::INBOUND => "<-",
@@ -434,7 +434,7 @@ fn details(open: Option<&Open>) -> Vec<Line<'static>> {
         ("cgroup", program(|program| &program.cgroup_path)),
         ("container", place.container),
         ("unit", place.unit),
-        ("protocol", Some(protocol(report.protocol))),
+        ("protocol", Some(protocol(report.protocol).into_owned())),
         ("local", address(&report.local, report.local_port, &report.remote)),
         ("remote", address(&report.remote, report.remote_port, &report.local)),
         ("name", view.remote_name.as_ref().map(ToString::to_string)),

@@ -2,12 +2,9 @@
 //! is handed in. The terminal view, the lines, the page and the metrics all read
 //! from here.
 
-use std::{
-    collections::{HashMap, HashSet, VecDeque},
-    rc::Rc,
-    time::Duration,
-};
+use std::{collections::VecDeque, rc::Rc, time::Duration};
 
+use foldhash::{HashMap, HashSet};
 use underpass_abi::watch::{Address, Connection, FlowKey, direction, flag, quality};
 
 use super::{
@@ -125,6 +122,8 @@ impl Open {
 pub const HISTORY: usize = 24;
 /// How many connections that have just ended are remembered, against late reports.
 const REMEMBERED: usize = 4096;
+/// For how many lines there is room beforehand, if there were as many the last time.
+const LINES: usize = 8192;
 /// How many programs are remembered of which no connection is alive.
 const PROGRAMS: usize = 8192;
 
@@ -218,7 +217,9 @@ impl State {
 
     /// What there is to tell since the last call.
     pub fn take_lines(&mut self) -> Vec<Line> {
-        std::mem::take(&mut self.lines)
+        // As many again are likely: they need not grow by steps.
+        let room = Vec::with_capacity(self.lines.len().min(LINES));
+        std::mem::replace(&mut self.lines, room)
     }
 
     /// The flows whose entries the kernel side should free.

@@ -3,3 +3,4 @@
 
 mod dnsguard;
 mod relay;
+mod watch;

@@ -101,12 +101,13 @@ fn what_a_stopped_reader_misses_is_counted() {
     let namespace = Namespace::new().unwrap();
     let watch = Watch::start(&["--remote", NETWORK]);
     watch.signal(Signal::SIGSTOP);
-    // The ring has 4 MiB: room for less than 30,000 ends.
-    connect(&namespace, 5000);
+    // The ring has 2 MiB a CPU, from 4 to 32: for two CPUs room for less than 30,000 ends.
+    let cpus = std::thread::available_parallelism().unwrap().get().clamp(2, 16).next_power_of_two();
+    connect(&namespace, 2500 * cpus);
     watch.signal(Signal::SIGCONT);
     let (lines, notes) = watch.end();
-    let lost = account(&lines, &namespace, 40_000, &notes);
-    assert!(lost > 10_000, "the ring holds no more than it can: {notes}");
+    let lost = account(&lines, &namespace, 20_000 * cpus as u64, &notes);
+    assert!(lost > 5000 * cpus as u64, "the ring holds no more than it can: {notes}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! - `watch_state` follows TCP's state changes: it notes who connects and who
 //!   listens, and reports a connection once, when it ends, with its totals.
+//!   `watch_state2` stands in for it where the kernel passed it over.
 //! - `watch_send` and `watch_receive` run once per system call: the first user of
 //!   an accepted connection becomes its owner; datagrams, raw packets and frames
 //!   are counted per socket, process and peer.
@@ -35,7 +36,8 @@ use aya_ebpf::{
 };
 use underpass_abi::watch::{
     ANSWER, Address, Answer, Calls, Connection, Datagrams, Filter, Flow, FlowKey, NAME, Offsets, Owner,
-    PACKET, Path, Peer, Process, Released, Socket, control, direction, event, flag, lost, quality,
+    PACKET, Path, Peer, Process, Released, Socket, StateChange, control, direction, event, flag, lost,
+    quality,
 };
 
 underpass_kernel::license!();
@@ -81,6 +83,7 @@ macro_rules! probe {
     }};
 }
 
+/// The user side makes it as large as the machine asks for.
 #[btf_map]
 static EVENTS: RingBuf<u8, { 4 << 20 }> = RingBuf::new();
 
@@ -107,6 +110,10 @@ static PROCESSES: LruHashMap<u32, u64, 16384> = LruHashMap::new();
 /// What the user side switches while the programs run.
 #[btf_map]
 static CONTROLS: Array<u32, { control::COUNT as usize }> = Array::new();
+
+/// What `watch_state` last began to look at on each CPU.
+#[btf_map]
+static STATES: PerCpuArray<StateChange, 1> = PerCpuArray::new();
 
 #[btf_map]
 static LOST: PerCpuArray<u64, { lost::COUNT as usize }> = PerCpuArray::new();
@@ -138,10 +145,55 @@ type Object = *const c_void;
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn watch_state(ctx: BtfTracePointContext) -> i32 {
     let sk: Object = ctx.arg(0);
-    if field!(sk, protocol as u16) == TCP {
-        changed(sk, ctx.arg(1), ctx.arg(2));
+    let (old, new) = (ctx.arg(1), ctx.arg(2));
+    if field!(sk, protocol as u16) != TCP || !matters(old, new) {
+        return 0;
+    }
+    let Some(last) = STATES.get_ptr_mut(0) else { return 0 };
+    // SAFETY: this CPU's value. The order counts: an interrupt may come between.
+    unsafe {
+        ptr::write_volatile(&raw mut (*last).sk, sk as u64);
+        ptr::write_volatile(&raw mut (*last).new, new);
+        ptr::write_volatile(&raw mut (*last).busy, 1);
+    }
+    changed(sk, old, new);
+    // SAFETY: as above.
+    unsafe { ptr::write_volatile(&raw mut (*last).busy, 0) };
+    0
+}
+
+/// The kernel does not run a program on a CPU that is in the middle of it: a state
+/// change in softirq, while `watch_state` looks at another one, is passed over. This
+/// program runs after it, for every change, and looks at those. One that it takes for
+/// passed over, though it was not, does no harm: each is noted but once.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+pub fn watch_state2(ctx: BtfTracePointContext) -> i32 {
+    let sk: Object = ctx.arg(0);
+    let (old, new) = (ctx.arg(1), ctx.arg(2));
+    if field!(sk, protocol as u16) != TCP || !matters(old, new) {
+        return 0;
+    }
+    let Some(last) = STATES.get_ptr_mut(0) else { return 0 };
+    // SAFETY: this CPU's value.
+    let (seen, busy) = unsafe { (((*last).sk, (*last).new), (*last).busy) };
+    if seen == (sk as u64, new) {
+        return 0;
+    }
+    changed(sk, old, new);
+    if busy == 1 {
+        lose(lost::CAUGHT);
     }
     0
+}
+
+/// Whether anything is done about a state change.
+#[inline(always)]
+fn matters(old: i32, new: i32) -> bool {
+    match new {
+        state::SYN_SENT | state::LISTEN | state::FIN_WAIT1 | state::LAST_ACK | state::CLOSE => true,
+        state::ESTABLISHED => old == state::SYN_RECV,
+        _ => false,
+    }
 }
 
 #[inline(always)]

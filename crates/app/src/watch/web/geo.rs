@@ -1,6 +1,7 @@
 //! Where an address is: from a database of the MaxMind format, or from the kind of address.
 
 use std::{
+    fs,
     io::Read as _,
     net::{IpAddr, Ipv6Addr},
     path::Path,
@@ -111,7 +112,8 @@ impl Databases {
         let mut readers = vec![];
         for file in files {
             let file = file.as_ref();
-            let reader = Reader::open_readfile(file);
+            let bytes = fs::read(file).with_context(|| format!("--geo {}", file.display()))?;
+            let reader = Reader::from_source(bytes);
             let reader =
                 reader.with_context(|| format!("--geo {}: not a MaxMind database", file.display()))?;
             readers.push((reader.metadata.database_type.clone(), reader));

@@ -112,5 +112,5 @@ fn by_protocol((protocol, direction): (u16, u8)) -> ByProtocol {
         direction::FORWARDED => "forwarded",
         _ => "unknown",
     };
-    ByProtocol { protocol: output::protocol(protocol), direction }
+    ByProtocol { protocol: output::protocol(protocol).into_owned(), direction }
 }

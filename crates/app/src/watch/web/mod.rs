@@ -30,6 +30,7 @@ use self::{
     server::Shared,
 };
 use super::{
+    nice,
     output::{self, Clock},
     state::{Line, State, What},
 };
@@ -145,6 +146,8 @@ impl Ready {
         let listener = self.listener;
         // Without a name of its own: then it goes by the process' in every table.
         std::thread::Builder::new().spawn(move || {
+            // Who looks may wait, unlike the ring of events. Lowering is always allowed.
+            let _ = nice(0);
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
                 axum::serve(Limited::new(listener), router).await

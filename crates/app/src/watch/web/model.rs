@@ -82,7 +82,7 @@ impl Process {
         let filled = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
         Some(Self {
             pid: report.owner.tgid,
-            comm: output::comm(report),
+            comm: output::comm(report).into_owned(),
             exe: program.and_then(|program| filled(&program.exe)),
             uid: report.owner.uid,
             cgroup: program.and_then(|program| filled(&program.cgroup_path)),

@@ -52,14 +52,9 @@ struct Connection<'a> {
 impl<'a> Connection<'a> {
     fn of(model: &Model, row: &'a Row) -> Self {
         let report = &row.report;
-        let protocol = match report.protocol {
-            6 => Cow::Borrowed("tcp"),
-            17 => Cow::Borrowed("udp"),
-            number => Cow::Owned(output::protocol(number)),
-        };
         Self {
             id: row.id,
-            protocol,
+            protocol: output::protocol(report.protocol),
             direction: output::direction_word(report),
             local: output::address(&report.local, report.local_port, &report.remote),
             remote: output::address(&report.remote, report.remote_port, &report.local),
