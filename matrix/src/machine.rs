@@ -35,6 +35,8 @@ pub struct Run {
     pub loads: Vec<Load>,
     /// Major and minor of the kernel.
     pub version: (u32, u32),
+    /// This system's programs are in it.
+    pub has_peers: bool,
     /// Why there is nothing more, if the guest did not come to its end.
     pub broken: Option<String>,
     /// Everything that the guest printed.
@@ -115,7 +117,15 @@ pub fn boot(kernel: &Kernel, image: &Image, steps: &[Step], cache: &Path, verbos
         End::Started => Some("it ended early: a panic, or too slow".to_owned()),
         End::Failed(error) => Some(error),
     };
-    Ok(Run { took: begun.elapsed(), results: guest.results, loads: guest.loads, version, broken, log })
+    Ok(Run {
+        took: begun.elapsed(),
+        results: guest.results,
+        loads: guest.loads,
+        version,
+        has_peers: image.has_peers,
+        broken,
+        log,
+    })
 }
 
 /// What a guest has said so far.

@@ -11,9 +11,12 @@ const WATCH: (u32, u32) = (5, 11);
 /// The tracepoints `sock_send_length` and `sock_recv_length`.
 const LENGTHS: (u32, u32) = (6, 3);
 
+/// In the format of iproute2, which loads it, where a guest has iproute2.
+const EXPORTED: &str = "dnsguard";
+
 /// Each with the oldest kernel that has to take it.
 const PROGRAMS: &[(&str, (u32, u32))] = &[
-    ("dnsguard", OLDEST),
+    (EXPORTED, OLDEST),
     ("dnsguard_egress", OLDEST),
     ("dnsguard_tc", OLDEST),
     ("dnsguard_xdp", OLDEST),
@@ -61,10 +64,11 @@ pub fn is_ours(load: &Load) -> bool {
 
 /// What came of the programs in a guest of this version: how many were loaded, and
 /// which were not, though they should.
-pub fn loaded(loads: &[Load], version: (u32, u32)) -> (usize, Vec<&'static str>) {
+pub fn loaded(loads: &[Load], version: (u32, u32), has_peers: bool) -> (usize, Vec<&'static str>) {
     let takes = |name: &str| loads.iter().any(|load| load.program == kept(name) && load.error == 0);
     let (loaded, missing): (Vec<_>, Vec<_>) = PROGRAMS.iter().partition(|(name, _)| takes(name));
-    (loaded.len(), missing.iter().filter(|(_, since)| *since <= version).map(|(name, _)| *name).collect())
+    let should = missing.iter().filter(|(name, since)| *since <= version && (has_peers || *name != EXPORTED));
+    (loaded.len(), should.map(|(name, _)| *name).collect())
 }
 
 #[cfg(test)]
@@ -92,10 +96,12 @@ mod tests {
     fn what_a_kernel_should_take_and_does_not_is_named() {
         let load = |program: &str, error| Load { program: program.to_owned(), error, spent: None };
         let loads = [load("packet_bare_pas", 0), load("relay_verdict", 7), load("relay_verdict", 0)];
-        let (count, missing) = loaded(&loads, (5, 10));
+        let (count, missing) = loaded(&loads, (5, 10), true);
         assert_eq!(count, 2);
         assert!(missing.contains(&"mux_in") && !missing.contains(&"relay_verdict"), "{missing:?}");
         assert!(!missing.contains(&"watch_state"), "{missing:?}");
-        assert!(loaded(&loads, (6, 12)).1.contains(&"watch_state"));
+        assert!(missing.contains(&EXPORTED));
+        let (_, missing) = loaded(&loads, (6, 12), false);
+        assert!(missing.contains(&"watch_state") && !missing.contains(&EXPORTED), "{missing:?}");
     }
 }

@@ -36,7 +36,7 @@ impl Row {
     /// Programs that this kernel should have taken.
     fn not_loaded(&self) -> Vec<&'static str> {
         let Some(run) = self.run.as_ref().ok().filter(|_| self.loads_all) else { return vec![] };
-        programs::loaded(&run.loads, run.version).1
+        programs::loaded(&run.loads, run.version, run.has_peers).1
     }
 }
 
@@ -82,7 +82,7 @@ pub fn print(rows: &[Row], budget: &Budget) -> Result<()> {
     write!(out, "{:<24}", "programs loaded")?;
     for row in rows {
         let loaded = |run: &Run| match row.not_loaded()[..] {
-            [] => programs::loaded(&run.loads, run.version).0.to_string(),
+            [] => programs::loaded(&run.loads, run.version, run.has_peers).0.to_string(),
             _ => "FAILED".to_owned(),
         };
         write!(out, "{:<16}", row.run.as_ref().map_or("not run".to_owned(), loaded))?;
