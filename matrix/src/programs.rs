@@ -50,6 +50,7 @@ const PROGRAMS: &[(&str, (u32, u32))] = &[
     ("watch_sendmsg4", WATCH),
     ("watch_sendmsg6", WATCH),
     ("watch_state", WATCH),
+    ("watch_state2", WATCH),
     ("watch_tcp", WATCH),
 ];
 
