@@ -53,7 +53,7 @@ struct Args {
     #[arg(long)]
     quick: bool,
     /// So many guests side by side, each with 1 GiB of memory
-    #[arg(long, value_name = "N", default_value = "3")]
+    #[arg(long, value_name = "N", default_value = "2")]
     guests: NonZeroUsize,
     /// Look for newer kernels, instead of taking what was fetched before
     #[arg(long)]
