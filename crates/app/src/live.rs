@@ -64,6 +64,20 @@ pub(crate) fn items(function: &'static str, told: impl Fn(u32, &Value) -> Told) 
     Ok(pids(function)?.into_iter().map(item).collect())
 }
 
+/// What those of a function that run in this network namespace tell, each with its `pid`;
+/// one that does not answer is left out.
+///
+/// # Errors
+/// Where /proc/net/unix cannot be read.
+pub(crate) fn told(function: &str) -> Result<Vec<Value>> {
+    let with_pid = |pid| {
+        let mut told = ask(function, pid).ok()?;
+        told["pid"] = pid.into();
+        Some(told)
+    };
+    Ok(pids(function)?.into_iter().filter_map(with_pid).collect())
+}
+
 /// What an item says of a process, beside its path.
 pub(crate) struct Told {
     pub on: String,

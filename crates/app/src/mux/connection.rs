@@ -16,23 +16,22 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 use tracing::info;
 use underpass_logic::mux::{Decision, Opening};
 
 use super::{
-    listen::{ByRoute, Taker},
+    listen::ByRoute,
     route::{Match, Route},
 };
 use crate::{
     address::HostPort,
     relay::{
-        dial,
-        engine::{Engine, prepare},
-        report::{self, Counts},
-        serve::readable,
-        tcp,
-        worker::Job,
+        End, dial,
+        engine::Engine,
+        front::{Client, Front},
+        report,
+        worker::{Job, Taken, Undecided},
     },
 };
 
@@ -40,35 +39,29 @@ use crate::{
 /// few thousand, with post-quantum key shares; HTTP servers take requests of 8 KiB.
 pub const PEEK: usize = 16 << 10;
 
-/// What connections may take.
+/// What undecided connections may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// How many there are.
-    pub most: usize,
-    /// How many are undecided.
     pub undecided: usize,
     /// How long one is undecided.
     pub peek: Duration,
-    /// How long connecting to its target takes.
-    pub connect: Duration,
-    /// How long nothing moves on it.
-    pub idle: Duration,
 }
 
-/// All that accepting and deciding takes.
+/// All that deciding takes.
 #[derive(Debug)]
 pub struct Connections {
     matches: Vec<Match>,
     /// One for each route, and then the default's, if there is one.
     targets: Vec<Target>,
     default: Option<usize>,
+    pub front: Arc<Front>,
     pub engine: Engine,
-    pub counts: Counts,
+    /// For targets that have a name.
+    runtime: Handle,
     limits: Limits,
-    log_each: bool,
     undecided: AtomicUsize,
     by_route: ByRoute,
-    to_default: AtomicU64,
     no_route: AtomicU64,
     silent: AtomicU64,
     left: AtomicU64,
@@ -89,41 +82,36 @@ impl From<HostPort> for Target {
     }
 }
 
-/// A client that has not said enough yet.
-struct Client {
-    stream: TcpStream,
-    peer: SocketAddr,
-    begun: Instant,
-    said: Said,
-}
-
-/// What a client has said so far.
-#[derive(Default)]
-struct Said {
-    bytes: Vec<u8>,
-    /// How many bytes are needed before it makes sense to look again.
-    needed: usize,
-}
-
 /// What looking at a client gave.
 enum Look {
     /// Where it goes, if anywhere.
     Decided(Option<usize>),
-    /// More must come.
-    Wait,
+    /// More must come: before so many bytes are there it makes no sense to look again.
+    Wait(usize),
     /// It is gone.
     Left,
+    /// What it must begin with is missing.
+    Wrong(&'static str),
+}
+
+/// A place among the undecided connections, free again when dropped.
+struct Place(Arc<Connections>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.undecided.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Connections {
     pub fn new(
         routes: Vec<Route<HostPort>>,
         default: Option<HostPort>,
+        front: Arc<Front>,
         engine: Engine,
         limits: Limits,
-        log_each: bool,
     ) -> Arc<Self> {
-        let by_route = ByRoute::new(&routes);
+        let by_route = ByRoute::new(&routes, default.as_ref());
         let (matches, targets): (Vec<_>, Vec<_>) =
             routes.into_iter().map(|route| (route.matches, Target::from(route.target))).unzip();
         let mut targets = targets;
@@ -135,41 +123,68 @@ impl Connections {
             matches,
             targets,
             default,
+            front,
             engine,
-            counts: Counts::default(),
+            runtime: Handle::current(),
             limits,
-            log_each,
             undecided: AtomicUsize::new(0),
             by_route,
-            to_default: AtomicU64::new(0),
             no_route: AtomicU64::new(0),
             silent: AtomicU64::new(0),
             left: AtomicU64::new(0),
         })
     }
 
+    /// What becomes of a client that was let in.
+    pub fn take(self: &Arc<Self>, mut client: Client) -> Taken {
+        match self.look(&mut client, 0) {
+            Look::Wait(needed) if self.undecided.load(Relaxed) < self.limits.undecided => {
+                self.undecided.fetch_add(1, Relaxed);
+                self.wait(client, needed, Place(Arc::clone(self)))
+            }
+            look => self.act(client, look),
+        }
+    }
+
+    /// Lets a client say more, as long as that may take.
+    fn wait(self: &Arc<Self>, client: Client, needed: usize, place: Place) -> Taken {
+        let (this, until) = (Arc::clone(self), client.begun + self.limits.peek);
+        let look = move |mut client: Client, late: bool| match this.look(&mut client, needed) {
+            Look::Wait(needed) if !late => this.wait(client, needed, place),
+            look => this.act(client, look),
+        };
+        Taken::Waits(Undecided { client, until, look: Box::new(look) })
+    }
+
     /// Reads what has come and decides, if it can be decided.
-    fn look(&self, mut stream: &TcpStream, said: &mut Said) -> Look {
+    fn look(&self, client: &mut Client, mut needed: usize) -> Look {
         let mut chunk = [0; PEEK];
         loop {
-            let room = PEEK - said.bytes.len();
-            match stream.read(&mut chunk[..room]) {
-                Ok(0) if said.bytes.is_empty() => return Look::Left,
-                Ok(0) => return Look::Decided(self.decide(&said.bytes, true).unwrap_or_default()),
+            let room = PEEK - client.said.len();
+            match (&client.stream).read(&mut chunk[..room]) {
+                Ok(0) if client.said.is_empty() || client.owes_header => return Look::Left,
+                Ok(0) => return Look::Decided(self.decide(&client.said, true).unwrap_or_default()),
                 Ok(read) => {
-                    said.bytes.extend_from_slice(&chunk[..read]);
-                    let full = said.bytes.len() == PEEK;
-                    if full || said.bytes.len() >= said.needed {
-                        match self.decide(&said.bytes, full) {
-                            Ok(to) => return Look::Decided(to),
-                            Err(needed) => said.needed = needed,
+                    client.said.extend_from_slice(&chunk[..read]);
+                    match client.take_header() {
+                        Err(why) => return Look::Wrong(why),
+                        Ok(false) => {}
+                        Ok(true) if client.said.is_empty() => {}
+                        Ok(true) => {
+                            let full = client.said.len() == PEEK;
+                            if full || client.said.len() >= needed {
+                                match self.decide(&client.said, full) {
+                                    Ok(to) => return Look::Decided(to),
+                                    Err(more) => needed = more,
+                                }
+                            }
                         }
                     }
                     if read < room {
-                        return Look::Wait; // most likely nothing else is there
+                        return Look::Wait(needed); // most likely nothing else is there
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Look::Wait,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Look::Wait(needed),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return Look::Left,
             }
@@ -185,162 +200,116 @@ impl Connections {
         }
     }
 
-    /// Waits for what decides, as long as that may take.
-    async fn wait(self: &Arc<Self>, client: Client) {
-        let deadline = tokio::time::Instant::from_std(client.begun + self.limits.peek);
-        let Client { stream, peer, begun, mut said } = client;
-        let Ok(watched) = readable(stream) else { return self.leave() };
-        let look = tokio::time::timeout_at(deadline, self.watch(&watched, &mut said)).await;
-        let client = Client { stream: watched.into_inner(), peer, begun, said };
-        match look {
-            Ok(look) => self.act(client, look),
-            Err(_elapsed) => self.act_now(client),
-        }
-    }
-
-    async fn watch(&self, client: &AsyncFd<TcpStream>, said: &mut Said) -> Look {
-        loop {
-            let Ok(mut guard) = client.readable().await else { return Look::Left };
-            // Before reading: what comes afterwards must be told anew.
-            guard.clear_ready();
-            match self.look(client.get_ref(), said) {
-                Look::Wait => {}
-                look @ (Look::Decided(_) | Look::Left) => return look,
-            }
-        }
-    }
-
-    /// Decides by what is there, as no more is waited for.
-    fn act_now(self: &Arc<Self>, client: Client) {
-        if client.said.bytes.is_empty() {
-            self.silent.fetch_add(1, Relaxed);
-        }
-        let to = self.decide(&client.said.bytes, true).unwrap_or_default();
-        self.act(client, Look::Decided(to));
-    }
-
-    fn act(self: &Arc<Self>, client: Client, look: Look) {
+    fn act(self: &Arc<Self>, client: Client, look: Look) -> Taken {
         match look {
             Look::Decided(Some(index)) => self.forward(client, index),
             Look::Decided(None) => {
                 self.no_route.fetch_add(1, Relaxed);
-                if self.log_each {
+                if self.front.args.log_connections {
                     report::log_unreached(client.peer, "none", &"no route takes it", client.begun.elapsed());
                 }
-                self.counts.open.fetch_sub(1, Relaxed);
+                Taken::Gone
             }
-            Look::Left => self.leave(),
-            Look::Wait => self.act_now(client),
+            Look::Left => {
+                self.left.fetch_add(1, Relaxed);
+                Taken::Gone
+            }
+            Look::Wrong(why) => {
+                self.front.turn_away(&format_args!("{}: {why}", client.peer));
+                Taken::Gone
+            }
+            Look::Wait(_) if client.owes_header => {
+                self.front.turn_away(&format_args!("{} sent no whole PROXY protocol header", client.peer));
+                Taken::Gone
+            }
+            // No more is waited for: what is there decides.
+            Look::Wait(_) => {
+                self.silent.fetch_add(u64::from(client.said.is_empty()), Relaxed);
+                let to = self.decide(&client.said, true).unwrap_or_default();
+                self.act(client, Look::Decided(to))
+            }
         }
     }
 
-    fn leave(&self) {
-        self.left.fetch_add(1, Relaxed);
-        self.counts.open.fetch_sub(1, Relaxed);
-    }
-
-    fn forward(self: &Arc<Self>, client: Client, index: usize) {
-        match self.default {
-            Some(default) if default == index => drop(self.to_default.fetch_add(1, Relaxed)),
-            _ => self.by_route.count(index),
-        }
+    fn forward(self: &Arc<Self>, client: Client, index: usize) -> Taken {
+        self.by_route.count(index, 1);
         let target = &self.targets[index];
         let Some(direct) = target.direct else {
-            let this = Arc::clone(self);
-            tokio::spawn(async move { this.dial(client, index).await });
-            return;
+            let (this, runtime) = (Arc::clone(self), self.runtime.clone());
+            let dial = move |client| drop(runtime.spawn(async move { this.dial(client, index).await }));
+            return Taken::Elsewhere(client, Box::new(dial));
         };
-        let now = Instant::now();
         match dial::start(direct) {
-            Ok(stream) => self.carry(client, stream, index, Some(now + self.limits.connect)),
-            Err(error) => self.unreached(&client, index, &error),
+            Ok(stream) => {
+                let until = Instant::now() + self.front.args.connect_timeout;
+                Taken::Carried(self.job(client, stream, index, Some(until)))
+            }
+            Err(error) => {
+                self.front.unreached(client, &target.text, &error);
+                Taken::Gone
+            }
         }
     }
 
     async fn dial(self: Arc<Self>, client: Client, index: usize) {
-        let connecting = dial::connect(&self.targets[index].address);
-        match tokio::time::timeout(self.limits.connect, connecting).await {
-            Ok(Ok(stream)) => match stream.into_std() {
-                Ok(stream) => self.carry(client, stream, index, None),
-                Err(error) => self.unreached(&client, index, &error),
-            },
-            Ok(Err(error)) => self.unreached(&client, index, &error),
-            Err(_elapsed) => self.unreached(&client, index, &dial::DialError::TimedOut(self.limits.connect)),
+        let (target, timeout) = (&self.targets[index], self.front.args.connect_timeout);
+        match dial::within(timeout, &target.address).await {
+            Ok(stream) => self.engine.carry(self.job(client, stream, index, None)),
+            Err(error) => self.front.unreached(client, &target.text, &error),
         }
     }
 
-    fn unreached(&self, client: &Client, index: usize, error: &dyn std::fmt::Display) {
-        tcp::reset_on_close(&client.stream);
-        self.counts.open.fetch_sub(1, Relaxed);
-        self.counts.failed.fetch_add(1, Relaxed);
-        report::log_unreached(client.peer, &self.targets[index].text, error, client.begun.elapsed());
-    }
-
-    fn carry(self: &Arc<Self>, client: Client, target: TcpStream, index: usize, connecting: Option<Instant>) {
+    fn job(
+        self: &Arc<Self>,
+        client: Client,
+        target: TcpStream,
+        index: usize,
+        connecting: Option<Instant>,
+    ) -> Job {
         let this = Arc::clone(self);
-        let Client { stream, peer, begun, said } = client;
-        self.engine.carry(Job {
+        let mut early = client.introduction();
+        let Client { stream, peer, begun, said, seat, .. } = client;
+        early.extend(said);
+        Job {
             client: stream,
             target,
             connecting,
-            early: said.bytes,
+            early,
             choice: self.engine.choice,
-            idle: self.limits.idle,
+            idle: self.front.args.idle_timeout,
             done: Box::new(move |report| {
-                this.counts.add(&report);
-                if this.log_each {
-                    report::log(peer, &this.targets[index].text, &report, begun.elapsed());
+                let (front, target) = (&this.front, &this.targets[index].text);
+                front.counts.add(&report);
+                if front.args.log_connections {
+                    report::log(peer, target, &report, begun.elapsed());
+                } else if let End::Unreachable(error) = &report.end {
+                    front.tell_unreached(peer, target, error, begun);
                 }
-                this.counts.open.fetch_sub(1, Relaxed);
+                drop(seat);
             }),
-        });
-    }
-}
-
-impl Taker for Connections {
-    fn counts(&self) -> &Counts {
-        &self.counts
-    }
-
-    fn most(&self) -> usize {
-        self.limits.most
-    }
-
-    fn take(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) {
-        let Ok(stream) = prepare(stream) else { return self.leave() };
-        let mut client = Client { stream, peer, begun: Instant::now(), said: Said::default() };
-        match self.look(&client.stream, &mut client.said) {
-            Look::Wait if self.undecided.load(Relaxed) < self.limits.undecided => {
-                self.undecided.fetch_add(1, Relaxed);
-                let this = Arc::clone(self);
-                tokio::spawn(async move {
-                    this.wait(client).await;
-                    this.undecided.fetch_sub(1, Relaxed);
-                });
-            }
-            look @ (Look::Decided(_) | Look::Left | Look::Wait) => self.act(client, look),
         }
     }
 
-    fn describe(&self) -> Value {
+    /// What `underpass status` and `mux show` show.
+    pub async fn describe(&self) -> Value {
         json!({
             "per": "connection",
             "path": self.engine.choice.word(),
-            "counts": self.counts.describe(),
-            "routes": self.by_route.describe(),
-            "default": self.to_default.load(Relaxed),
+            "kernel": self.engine.kernel,
+            "counts": self.front.counts.describe(),
+            "routes": self.by_route.describe("connections"),
             "no_route": self.no_route.load(Relaxed),
             "silent": self.silent.load(Relaxed),
             "left": self.left.load(Relaxed),
             "undecided": self.undecided.load(Relaxed),
+            "connections": self.engine.describe().await,
         })
     }
 
-    fn log(&self) {
-        self.counts.log();
+    pub fn log(&self) {
+        self.front.counts.log();
         info!(
             routes = %self.by_route,
-            default = self.to_default.load(Relaxed),
             no_route = self.no_route.load(Relaxed),
             silent = self.silent.load(Relaxed),
             left = self.left.load(Relaxed),

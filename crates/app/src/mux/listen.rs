@@ -2,24 +2,19 @@
 
 use std::{
     fmt,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::TcpListener,
     str::FromStr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context as _;
-use serde_json::Value;
-use tokio::{
-    io::unix::AsyncFd,
-    runtime::Builder,
-    signal::unix::{SignalKind, signal},
-    time::MissedTickBehavior,
-};
-use tracing::{info, warn};
+use serde_json::{Value, json};
+use tokio::runtime::Builder;
+use tracing::info;
 use underpass_logic::mux::{frame::Frame, table};
 
 use super::{
@@ -33,15 +28,11 @@ use crate::{
     live::{self, Told, text},
     relay::{
         engine::Engine,
-        report::Counts,
-        serve::{Refusals, listen, raise_descriptor_limit, readable},
+        front::{Front, listen, raise_descriptor_limit, readable},
         settings::{ConnectionArgs, time},
     },
     status::Item,
 };
-
-/// How often the summary is logged.
-const SUMMARY: Duration = Duration::from_mins(1);
 
 /// Arguments of `underpass mux listen`.
 #[derive(Debug, clap::Args)]
@@ -146,33 +137,47 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 async fn connections(args: &Args, routes: Vec<Route<HostPort>>) -> Result<()> {
     crate::logging::start();
-    let limits = connection::Limits {
-        most: raise_descriptor_limit(),
-        undecided: args.max_undecided,
-        peek: args.peek_timeout,
-        connect: args.connections.connect_timeout,
-        idle: args.connections.idle_timeout,
-    };
-    let listener = listen(&args.listen).await?;
+    let front = Front::new(args.connections.clone(), raise_descriptor_limit());
+    let limits = connection::Limits { undecided: args.max_undecided, peek: args.peek_timeout };
+    let listener = Arc::new(listen(&args.listen).await?);
     let engine = Engine::start(args.connections.path.choice()?)?;
-    let kernel = engine.kernel.clone();
-    let connections =
-        Connections::new(routes, args.default.clone(), engine, limits, args.connections.log_connections);
-    announce(&listener, "connection", &kernel)?;
-    serve(args, listener, &connections).await?;
-    connections.engine.stop();
-    drain(&connections.counts, Duration::from_secs(1)).await;
+    announce(&listener, "connection", &engine.kernel)?;
+    let address = listener.local_addr().context("no local address")?;
+    let connections = Connections::new(routes, args.default.clone(), Arc::clone(&front), engine, limits);
+    let taker = Arc::clone(&connections);
+    let accept = connections.engine.open(&front, &listener, move |client| taker.take(client));
+    let describe = async || {
+        let mut told = connections.describe().await;
+        told["listen"] = address.to_string().into();
+        told
+    };
+    front.serve("mux", &listener, accept, describe, || connections.log()).await?;
+    connections.engine.close_door();
+    drop(listener);
+    front.stop(|| connections.engine.stop()).await;
     connections.log();
     Ok(())
 }
 
 async fn messages(args: &Args, plan: Plan) -> Result<()> {
     crate::logging::start();
-    let most = raise_descriptor_limit();
-    let listener = listen(&args.listen).await?;
+    // A client takes a descriptor, and one for each backend that it speaks to.
+    let most = (2 * raise_descriptor_limit() / (1 + plan.backends.len())).max(1);
+    let front = Front::new(args.connections.clone(), most);
+    let listener = Arc::new(listen(&args.listen).await?);
     announce(&listener, "message", "not used: messages are sorted in this process")?;
-    let messages = Messages::new(plan, most, args.connections.log_connections);
-    serve(args, listener, &messages).await?;
+    let address = listener.local_addr().context("no local address")?;
+    let messages = Messages::new(plan, Arc::clone(&front));
+    let watched = readable(Arc::clone(&listener)).context("cannot watch the listener")?;
+    let accept = front.accept_all(&watched, |client| drop(tokio::spawn(Arc::clone(&messages).serve(client))));
+    let describe = async || {
+        let mut told = messages.describe();
+        told["listen"] = address.to_string().into();
+        told
+    };
+    front.serve("mux", &listener, accept, describe, || messages.log()).await?;
+    drop((watched, listener));
+    front.stop(|| ()).await;
     messages.log();
     Ok(())
 }
@@ -183,91 +188,12 @@ fn announce(listener: &TcpListener, per: &str, kernel: &str) -> Result<()> {
     Ok(())
 }
 
-/// What takes the clients that are accepted.
-pub(super) trait Taker {
-    fn counts(&self) -> &Counts;
-    fn most(&self) -> usize;
-    fn take(self: &Arc<Self>, client: TcpStream, peer: SocketAddr);
-    fn log(&self);
-    /// What `underpass status` shows.
-    fn describe(&self) -> Value;
-}
-
 /// The `mux listen` that run.
 pub(super) fn status() -> Result<Vec<Item>> {
     Ok(live::items("mux", |pid, told| Told {
         on: text(told, "listen"),
         why: format!("pid {pid}, {} open, by {}", told["counts"]["open"], text(told, "per")),
     })?)
-}
-
-/// Accepts until the process is told to stop, then gives connections their grace.
-async fn serve<T: Taker>(args: &Args, listener: TcpListener, taker: &Arc<T>) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for Ctrl-C")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut summary = tokio::time::interval_at(tokio::time::Instant::now() + SUMMARY, SUMMARY);
-    summary.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let address = listener.local_addr().context("no local address")?;
-    let listener = readable(listener).context("cannot watch the listener")?;
-    let mut refusals = Refusals::default();
-    let status = live::answer("mux", async || {
-        let mut told = taker.describe();
-        told["listen"] = address.to_string().into();
-        told
-    });
-    let mut status = std::pin::pin!(status);
-    let mut listed = true;
-    loop {
-        tokio::select! {
-            // It only ever ends with an error, and the rest works without.
-            result = &mut status, if listed => {
-                listed = false;
-                let why = result.err().unwrap_or_else(|| anyhow::anyhow!("ended"));
-                warn!("not listed by `underpass status`: {why:#}");
-            }
-            result = accept(&listener, taker, &mut refusals) => result.context("cannot accept")?,
-            _ = summary.tick(), if !args.connections.log_connections => taker.log(),
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
-        }
-    }
-    drop(listener);
-    info!(open = taker.counts().open.load(Relaxed), grace = ?args.connections.grace, "stopping");
-    drain(taker.counts(), args.connections.grace).await;
-    Ok(())
-}
-
-async fn accept<T: Taker>(
-    listener: &AsyncFd<TcpListener>,
-    taker: &Arc<T>,
-    refusals: &mut Refusals,
-) -> std::io::Result<()> {
-    let mut guard = listener.readable().await?;
-    loop {
-        let (client, peer) = match guard.try_io(|listener| listener.get_ref().accept()) {
-            Err(_would_block) => return Ok(()),
-            Ok(Ok(accepted)) => accepted,
-            Ok(Err(error)) => {
-                refusals.failed(listener.get_ref(), taker.counts(), error)?;
-                continue;
-            }
-        };
-        let open = taker.counts().open.load(Relaxed);
-        if open >= taker.most() {
-            let why = format_args!("{open} connections are open, as many as there are descriptors for");
-            refusals.refuse(taker.counts(), why);
-        } else {
-            taker.counts().open.fetch_add(1, Relaxed);
-            taker.take(client, peer);
-        }
-    }
-}
-
-async fn drain(counts: &Counts, at_most: Duration) {
-    let until = Instant::now() + at_most;
-    while counts.open.load(Relaxed) > 0 && Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
@@ -300,6 +226,7 @@ fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
         table,
         backends,
         default,
+        by_route: ByRoute::new(routes, args.default.as_ref()),
         when_full: args.when_full,
         invalid: args.invalid,
         connect_timeout: args.connections.connect_timeout,
@@ -307,33 +234,40 @@ fn plan(args: &Args, routes: &[Route<HostPort>]) -> Result<Plan> {
     })
 }
 
-/// Counts by route, for the summary.
+/// Counts by route, and for the default after them.
 #[derive(Debug)]
-pub(super) struct ByRoute(Vec<(String, AtomicU64)>);
+pub(super) struct ByRoute(Vec<Counted>);
 
-impl ByRoute {
-    pub(super) fn new<T>(routes: &[Route<T>]) -> Self {
-        Self(routes.iter().map(|route| (route.matches.to_string(), AtomicU64::new(0))).collect())
-    }
-
-    pub(super) fn count(&self, index: usize) {
-        if let Some((_, count)) = self.0.get(index) {
-            count.fetch_add(1, Relaxed);
-        }
-    }
+#[derive(Debug)]
+struct Counted {
+    matches: String,
+    to: String,
+    count: AtomicU64,
 }
 
 impl ByRoute {
-    /// The same for programs.
-    pub(super) fn describe(&self) -> Value {
-        self.0.iter().map(|(text, count)| (text.clone(), Value::from(count.load(Relaxed)))).collect()
+    pub(super) fn new(routes: &[Route<HostPort>], default: Option<&HostPort>) -> Self {
+        let routes = routes.iter().map(|route| (route.matches.to_string(), &route.target));
+        let all = routes.chain(default.map(|to| ("default".to_owned(), to)));
+        Self(all.map(|(matches, to)| Counted { matches, to: to.to_string(), count: 0.into() }).collect())
+    }
+
+    pub(super) fn count(&self, index: usize, more: u64) {
+        self.0[index].count.fetch_add(more, Relaxed);
+    }
+
+    /// The same for programs; `what` is counted.
+    pub(super) fn describe(&self, what: &str) -> Value {
+        let one = |it: &Counted| json!({"match": it.matches, "to": it.to, what: it.count.load(Relaxed)});
+        self.0.iter().map(one).collect()
     }
 }
 
 impl fmt::Display for ByRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (text, count)) in self.0.iter().enumerate() {
-            write!(f, "{}{text}:{}", if index == 0 { "" } else { " " }, count.load(Relaxed))?;
+        for (index, it) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{}: {}", it.matches, it.count.load(Relaxed))?;
         }
         Ok(())
     }

@@ -14,11 +14,10 @@ use std::{
     fmt,
     future::{Future as _, poll_fn},
     io::{self, IoSlice},
-    net::SocketAddr,
     ops::RangeInclusive,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll, Waker},
@@ -31,12 +30,12 @@ use tokio::{io::Interest, net::TcpStream, task::JoinHandle, time::Instant};
 use underpass_abi::mux::Table;
 use underpass_logic::mux::{frame::Frame, table};
 
-use super::listen::Taker;
+use super::listen::ByRoute;
 use crate::{
     address::HostPort,
     relay::{
         dial::{self, DialError},
-        report::Counts,
+        front::{Client, Front},
     },
 };
 
@@ -87,6 +86,8 @@ pub struct Plan {
     pub backends: Vec<HostPort>,
     /// The index of the backend for messages without a route.
     pub default: Option<usize>,
+    /// Messages delivered, by backend.
+    pub by_route: ByRoute,
     /// If a backend does not keep up.
     pub when_full: WhenFull,
     /// If a message is not valid.
@@ -168,72 +169,84 @@ impl Tally {
 #[derive(Debug)]
 pub struct Messages {
     plan: Plan,
-    most: usize,
-    log_connections: bool,
-    counts: Counts,
+    front: Arc<Front>,
+    /// Of connections that have finished.
     total: Tally,
+    /// Of those that have not.
+    running: Mutex<Vec<Arc<Tally>>>,
 }
 
 impl Messages {
     /// Serves clients by a plan.
-    pub fn new(plan: Plan, most: usize, log_connections: bool) -> Arc<Self> {
-        // A client takes a descriptor, and one for each backend that it speaks to.
-        let most = (2 * most / (1 + plan.backends.len())).max(1);
-        Arc::new(Self { plan, most, log_connections, counts: Counts::default(), total: Tally::default() })
+    pub fn new(plan: Plan, front: Arc<Front>) -> Arc<Self> {
+        Arc::new(Self { plan, front, total: Tally::default(), running: Mutex::default() })
     }
 
-    async fn serve(self: Arc<Self>, client: std::net::TcpStream, peer: SocketAddr) {
-        let begun = Instant::now();
-        let tally = Tally::default();
-        let result = match client.set_nonblocking(true).and_then(|()| TcpStream::from_std(client)) {
-            Ok(client) => serve(client, &self.plan, &tally).await,
+    /// Serves a client that was let in.
+    pub async fn serve(self: Arc<Self>, client: Client) {
+        let Some(client) = self.front.met(client).await else { return };
+        let introduction = client.introduction();
+        let Client { stream, peer, begun, said, seat, .. } = client;
+        let tally = Arc::new(Tally::default());
+        self.running().push(Arc::clone(&tally));
+        let result = match TcpStream::from_std(stream) {
+            Ok(client) => serve(client, said, introduction, &self.plan, &tally).await,
             Err(error) => Err(Ended::Client(error)),
         };
-        self.total.add(&tally);
-        self.counts.finished.fetch_add(1, Relaxed);
+        self.finish(&tally);
+        self.front.counts.finished.fetch_add(1, Relaxed);
         if result.is_err() {
-            self.counts.failed.fetch_add(1, Relaxed);
+            self.front.counts.failed.fetch_add(1, Relaxed);
         }
-        if self.log_connections {
+        if self.front.args.log_connections {
             let end = result.err().map_or("closed".to_owned(), |why| why.to_string());
             tracing::info!(client = %peer, %tally, duration = ?begun.elapsed(), end, "connection");
         }
-        self.counts.open.fetch_sub(1, Relaxed);
-    }
-}
-
-impl Taker for Messages {
-    fn counts(&self) -> &Counts {
-        &self.counts
+        drop(seat);
     }
 
-    fn most(&self) -> usize {
-        self.most
+    fn running(&self) -> MutexGuard<'_, Vec<Arc<Tally>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(self: &Arc<Self>, client: std::net::TcpStream, peer: SocketAddr) {
-        tokio::spawn(Arc::clone(self).serve(client, peer));
+    fn finish(&self, tally: &Arc<Tally>) {
+        let mut running = self.running();
+        running.retain(|other| !Arc::ptr_eq(other, tally));
+        self.total.add(tally);
     }
 
-    fn describe(&self) -> Value {
-        let tally: Value = self
-            .total
-            .named()
-            .into_iter()
-            .map(|(name, count)| (name.to_owned(), Value::from(count)))
-            .collect();
+    /// Of all connections, those that run among them.
+    fn all(&self) -> Tally {
+        let (running, all) = (self.running(), Tally::default());
+        all.add(&self.total);
+        running.iter().for_each(|tally| all.add(tally));
+        all
+    }
+
+    /// What `underpass status` and `mux show` show.
+    pub fn describe(&self) -> Value {
+        let tally = self.all().named().into_iter();
+        let tally: Value =
+            tally.map(|(name, count)| (name.replace([' ', ':'], "_").replace("__", "_"), count)).collect();
         json!({
-            "per": "message", "path": "copy", "counts": self.counts.describe(), "finished connections": tally
+            "per": "message",
+            "path": "copy",
+            "counts": self.front.counts.describe(),
+            "routes": self.plan.by_route.describe("messages"),
+            "messages": tally,
         })
     }
 
-    fn log(&self) {
+    /// The summary.
+    pub fn log(&self) {
+        let counts = &self.front.counts;
         tracing::info!(
-            open = self.counts.open.load(Relaxed),
-            finished = self.counts.finished.load(Relaxed),
-            failed = self.counts.failed.load(Relaxed),
-            refused = self.counts.refused.load(Relaxed),
-            tally = %self.total,
+            open = counts.open.load(Relaxed),
+            finished = counts.finished.load(Relaxed),
+            failed = counts.failed.load(Relaxed),
+            refused = counts.refused.load(Relaxed),
+            routes = %self.plan.by_route,
+            tally = %self.all(),
             "summary"
         );
     }
@@ -276,11 +289,19 @@ pub enum Ended {
 
 /// Carries the messages of one client to their backends, and the replies back.
 ///
+/// `said` is what was read of the client already; `introduction` goes first to each backend.
+///
 /// # Errors
 /// Why it ended early. The client is reset if messages may have been lost by it.
-pub async fn serve(client: TcpStream, plan: &Plan, tally: &Tally) -> Result<(), Ended> {
-    let backends = Backends::new(plan.backends.len());
-    let forward = forward(&client, plan, &backends, tally);
+async fn serve(
+    client: TcpStream,
+    said: Vec<u8>,
+    introduction: Vec<u8>,
+    plan: &Plan,
+    tally: &Tally,
+) -> Result<(), Ended> {
+    let backends = Backends::new(plan.backends.len(), introduction);
+    let forward = forward(&client, said, plan, &backends, tally);
     let replies = replies(&client, plan, &backends, tally);
     let both = async { tokio::try_join!(forward, replies).map(|_| ()) };
     let result = tokio::select! {
@@ -308,11 +329,17 @@ async fn idle(timeout: Duration, tally: &Tally) -> Ended {
 }
 
 /// Client to backends.
-async fn forward(client: &TcpStream, plan: &Plan, backends: &Backends, tally: &Tally) -> Result<(), Ended> {
-    let mut sorter = Sorter::new(plan);
+async fn forward(
+    client: &TcpStream,
+    said: Vec<u8>,
+    plan: &Plan,
+    backends: &Backends,
+    tally: &Tally,
+) -> Result<(), Ended> {
+    let mut sorter = Sorter::new(plan, said);
+    let mut end = false;
     let mut outlets: Vec<Outlet> = plan.backends.iter().map(|_| Outlet::default()).collect();
     loop {
-        let end = fill(client, &mut sorter, plan, &mut outlets, tally, backends).await?;
         sorter.sort(plan, tally)?;
         match plan.when_full {
             WhenFull::Wait => deliver_all(client, &mut sorter, plan, &mut outlets, backends, tally).await?,
@@ -322,6 +349,7 @@ async fn forward(client: &TcpStream, plan: &Plan, backends: &Backends, tally: &T
         if end {
             break;
         }
+        end = fill(client, &mut sorter, plan, &mut outlets, tally, backends).await?;
     }
     if sorter.filled > 0 || sorter.skip > 0 {
         tally.cut_off.fetch_add(1, Relaxed);
@@ -382,7 +410,8 @@ async fn deliver_all(
             let failed = |error| Ended::Backend(plan.backends[index].to_string(), error);
             while !batch.is_empty() {
                 let Some(stream) = outlets[index].stream().cloned() else {
-                    let stream = connect(&plan.backends[index], plan.connect_timeout).await?;
+                    let to = &plan.backends[index];
+                    let stream = connect(to, plan.connect_timeout, &backends.introduction).await?;
                     let stream = Arc::new(stream);
                     backends.add(index, Arc::clone(&stream));
                     outlets[index].state = State::Open(stream);
@@ -402,7 +431,7 @@ async fn deliver_all(
         }
     }
     for &index in touched.iter() {
-        batches[index].delivered(tally);
+        plan.by_route.count(index, batches[index].delivered(tally));
     }
     Ok(())
 }
@@ -418,7 +447,7 @@ fn deliver_some(
     let Sorter { buffer, batches, touched, .. } = sorter;
     for &index in touched.iter() {
         let (outlet, batch) = (&mut outlets[index], &mut batches[index]);
-        outlet.start(&plan.backends[index], plan.connect_timeout);
+        outlet.start(&plan.backends[index], plan.connect_timeout, &backends.introduction);
         if let (State::Open(stream), true) = (&outlet.state, outlet.queue.is_empty())
             && batch.write(stream, buffer).is_err()
         {
@@ -441,7 +470,7 @@ fn deliver_some(
         }
         tally.full.fetch_add(full, Relaxed);
         tally.unreachable.fetch_add(unreachable, Relaxed);
-        batch.delivered(tally);
+        plan.by_route.count(index, batch.delivered(tally));
     }
 }
 
@@ -507,8 +536,13 @@ async fn gone(client: &TcpStream) {
     }
 }
 
-async fn connect(to: &HostPort, timeout: Duration) -> Result<TcpStream, DialError> {
-    tokio::time::timeout(timeout, dial::connect(to)).await.map_err(|_| DialError::TimedOut(timeout))?
+async fn connect(to: &HostPort, timeout: Duration, introduction: &[u8]) -> Result<TcpStream, DialError> {
+    let connected = async {
+        let stream = dial::connect(to).await?;
+        let sent = write_all(&stream, introduction).await;
+        sent.map(|()| stream).map_err(|error| DialError::Connect(to.to_string(), error))
+    };
+    tokio::time::timeout(timeout, connected).await.map_err(|_| DialError::TimedOut(timeout))?
 }
 
 /// The way to one backend.
@@ -537,15 +571,16 @@ impl Outlet {
     }
 
     /// Starts to connect, unless that has been done or has failed just now.
-    fn start(&mut self, to: &HostPort, timeout: Duration) {
+    fn start(&mut self, to: &HostPort, timeout: Duration, introduction: &[u8]) {
         let start = match &self.state {
             State::Unused => true,
             State::Failed(when) => when.elapsed() >= RETRY,
             State::Connecting(_) | State::Open(_) => false,
         };
         if start {
-            let to = to.clone();
-            self.state = State::Connecting(tokio::spawn(async move { connect(&to, timeout).await }));
+            let (to, introduction) = (to.clone(), introduction.to_vec());
+            let connect = async move { connect(&to, timeout, &introduction).await };
+            self.state = State::Connecting(tokio::spawn(connect));
         }
     }
 
@@ -648,11 +683,14 @@ impl Batch {
         Some((&buffer[start + written..start + length as usize], written == 0))
     }
 
-    fn delivered(&mut self, tally: &Tally) {
-        tally.messages.fetch_add(self.messages.len() as u64 - self.dropped, Relaxed);
+    /// Counts what was delivered, and gives how many messages that are.
+    fn delivered(&mut self, tally: &Tally) -> u64 {
+        let delivered = self.messages.len() as u64 - self.dropped;
+        tally.messages.fetch_add(delivered, Relaxed);
         tally.bytes.fetch_add(self.bytes.saturating_sub(self.dropped_bytes), Relaxed);
         self.messages.clear();
         (self.done, self.written, self.bytes, self.dropped, self.dropped_bytes) = (0, 0, 0, 0, 0);
+        delivered
     }
 }
 
@@ -674,10 +712,11 @@ struct Sorter {
 }
 
 impl Sorter {
-    fn new(plan: &Plan) -> Self {
+    /// Begins with what was read already.
+    fn new(plan: &Plan, said: Vec<u8>) -> Self {
         Self {
-            buffer: vec![],
-            filled: 0,
+            filled: said.len(),
+            buffer: said,
             used: 0,
             skip: 0,
             needed: 0,
@@ -779,6 +818,8 @@ impl Plan {
 /// The backends' connections, for the way back.
 #[derive(Debug)]
 struct Backends {
+    /// What each is told first.
+    introduction: Vec<u8>,
     open: Mutex<Vec<Option<Arc<TcpStream>>>>,
     /// The client has finished, so no more backends will come.
     finished: AtomicBool,
@@ -787,8 +828,9 @@ struct Backends {
 }
 
 impl Backends {
-    fn new(count: usize) -> Self {
+    fn new(count: usize, introduction: Vec<u8>) -> Self {
         Self {
+            introduction,
             open: Mutex::new(vec![None; count]),
             finished: AtomicBool::new(false),
             waiting: Mutex::new(None),

@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use aya::maps::{HashMap, MapData, PerCpuArray};
 use serde::Serialize;
+use serde_json::Value;
 use underpass_abi::mux::{Flow, SpokenTo, counter};
 use underpass_logic::mux::table;
 
@@ -14,11 +15,14 @@ use super::{
 use crate::{
     attachment::{Found, pinned},
     error::Result,
+    live,
 };
 
 #[derive(Debug, Serialize)]
 struct Report {
     attached: Vec<Shown>,
+    /// What each `mux listen` tells of itself.
+    listening: Vec<Value>,
 }
 
 /// One interface.
@@ -86,7 +90,7 @@ pub(super) fn show(json: bool) -> Result<()> {
             attached.push(shown(&found)?);
         }
     }
-    let report = Report { attached };
+    let report = Report { attached, listening: live::told("mux")? };
     let mut out = std::io::stdout().lock();
     let printed = if json { print_json(&mut out, &report) } else { print(&mut out, &report) };
     Ok(printed.context("cannot print")?)
@@ -146,7 +150,10 @@ fn shown(found: &Found) -> Result<Shown> {
 
 fn print(out: &mut impl std::io::Write, report: &Report) -> std::io::Result<()> {
     if report.attached.is_empty() {
-        return writeln!(out, "mux is attached to no interface");
+        writeln!(out, "mux is attached to no interface")?;
+    }
+    for it in &report.listening {
+        print_listening(out, it)?;
     }
     for it in &report.attached {
         let state = if it.works { "" } else { " (not at work)" };
@@ -168,6 +175,30 @@ fn print(out: &mut impl std::io::Write, report: &Report) -> std::io::Result<()> 
         }
         let Flows { known, room, new, lost } = it.flows;
         writeln!(out, "  flows: {known} of {room} remembered, {new} were new, {lost} could not be noted")?;
+    }
+    Ok(())
+}
+
+/// One `mux listen`.
+fn print_listening(out: &mut impl std::io::Write, it: &Value) -> std::io::Result<()> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    writeln!(
+        out,
+        "{} by {}: pid {}, path {}",
+        text(&it["listen"]),
+        text(&it["per"]),
+        it["pid"],
+        text(&it["path"])
+    )?;
+    let counted = ["connections", "messages"];
+    for route in it["routes"].as_array().into_iter().flatten() {
+        let count = counted.iter().find_map(|what| route[what].as_u64()).unwrap_or_default();
+        writeln!(out, "  {:<40} -> {:<21} {count:>12}", text(&route["match"]), text(&route["to"]))?;
+    }
+    let of = |part: &Value| part.as_object().cloned().unwrap_or_default();
+    let numbers = of(&it["counts"]).into_iter().chain(of(&it["messages"])).chain(of(it));
+    for (name, count) in numbers.filter(|(name, count)| name != "pid" && count.is_u64()) {
+        writeln!(out, "  {:<65} {count:>12}", name.replace('_', " "))?;
     }
     Ok(())
 }

@@ -57,14 +57,20 @@ pub fn start(address: SocketAddr) -> io::Result<TcpStream> {
 /// # Errors
 /// Why it could not be reached.
 pub async fn dial(target: &Target, timeout: Duration) -> Result<TcpStream, DialError> {
-    let reached = tokio::time::timeout(timeout, async {
-        match &target.via {
-            None => connect(&target.address).await,
-            Some(proxy) => through(proxy, &target.address).await,
-        }
-    });
+    let Some(proxy) = &target.via else { return within(timeout, &target.address).await };
+    let reached = tokio::time::timeout(timeout, through(proxy, &target.address));
     let stream = reached.await.map_err(|_| DialError::TimedOut(timeout))??;
     stream.into_std().map_err(|error| DialError::Connect(target.address.to_string(), error))
+}
+
+/// Connects to a host, if that does not take too long.
+///
+/// # Errors
+/// Why it could not be reached.
+pub async fn within(timeout: Duration, to: &HostPort) -> Result<TcpStream, DialError> {
+    let stream =
+        tokio::time::timeout(timeout, connect(to)).await.map_err(|_| DialError::TimedOut(timeout))??;
+    stream.into_std().map_err(|error| DialError::Connect(to.to_string(), error))
 }
 
 /// The addresses of a host.

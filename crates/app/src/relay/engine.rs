@@ -1,18 +1,16 @@
 //! The workers of a relay, and which paths they may use.
 
-use std::{
-    net::{TcpListener, TcpStream},
-    sync::Arc,
-    thread::available_parallelism,
-};
+use std::{io, net::TcpListener, sync::Arc, thread::available_parallelism};
 
 use anyhow::Context as _;
+use tokio::sync::mpsc;
 
 use super::{
     Choice,
+    front::{Client, Front},
     kernel::Kernel,
     probe,
-    worker::{Accepted, Door, Job, Open, Worker},
+    worker::{Door, Job, Open, Taken, Worker},
 };
 use crate::error::{Error, Result};
 
@@ -53,27 +51,46 @@ impl Engine {
         least.expect("there is a worker for each CPU").carry(job);
     }
 
-    /// Lets the workers accept clients themselves. `take` turns each into a job, which
-    /// stays with the worker that accepted it, unless another has a good deal less to do:
-    /// waking that one costs more than a small difference.
-    pub fn open(
+    /// Lets the workers accept clients themselves, and ends when the listener fails them.
+    /// `take` says what becomes of each that is let in; it stays with the worker that accepted
+    /// it, unless another has a good deal less to do: waking that one costs more than a small
+    /// difference.
+    pub async fn open(
         &self,
+        front: &Arc<Front>,
         listener: &Arc<TcpListener>,
-        take: impl Fn(Accepted) -> Option<Job> + Clone + Send + Sync + 'static,
-    ) {
+        take: impl Fn(Client) -> Taken + Clone + Send + Sync + 'static,
+    ) -> io::Error {
+        let (fail, mut failure) = mpsc::unbounded_channel();
         for (at, worker) in self.workers.iter().enumerate() {
-            let (take, workers) = (take.clone(), self.workers.clone());
+            let (take, workers, front, fail) =
+                (take.clone(), self.workers.clone(), Arc::clone(front), fail.clone());
+            let same = Arc::clone(listener);
             let place = move |accepted| {
-                let job = take(accepted)?;
-                let load = |worker: &&Worker| worker.load();
-                let least = workers.iter().min_by_key(load)?;
-                if workers[at].load() <= least.load() + least.load() / 4 {
-                    return Some(job);
+                let taken = match front.admit(&same, accepted) {
+                    Ok(client) => client.map_or(Taken::Gone, &take),
+                    Err(error) => {
+                        // Nobody is there to be told once all stops, which shuts the listener.
+                        let _ = fail.send(error);
+                        Taken::Gone
+                    }
+                };
+                let least = workers.iter().min_by_key(|worker| worker.load());
+                match least {
+                    Some(least) if taken.stays() && workers[at].load() > least.load() + least.load() / 4 => {
+                        least.take(taken);
+                        Taken::Gone
+                    }
+                    _ => taken,
                 }
-                least.carry(job);
-                None
             };
             worker.open(Door { listener: Arc::clone(listener), take: Arc::new(place) });
+        }
+        drop(fail);
+        match failure.recv().await {
+            Some(error) => error,
+            // Every worker was stopped.
+            None => std::future::pending().await,
         }
     }
 
@@ -123,14 +140,4 @@ fn with_kernel(count: usize) -> anyhow::Result<(Vec<Worker>, String)> {
             Err(error)
         }
     }
-}
-
-/// Makes a socket ready for a worker.
-///
-/// # Errors
-/// Where the connection is gone already.
-pub fn prepare(stream: TcpStream) -> std::io::Result<TcpStream> {
-    stream.set_nonblocking(true)?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
 }

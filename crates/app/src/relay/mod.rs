@@ -1,7 +1,9 @@
 //! `underpass relay`: a TCP port forwarded to a target, directly or through a SOCKS5
 //! proxy, or two clients paired with each other.
 //!
-//! - `serve`: accepts, dials, pairs, refuses, stops;
+//! - `front`: the port, who is let in, refused, told of, stopped; shared with mux;
+//! - `origin`: who a client is by the PROXY protocol;
+//! - `serve`: dials, pairs;
 //! - `dial`: reaches a target;
 //! - `worker`: threads that carry connections, by copy, splice or the kernel;
 //! - `kernel`, `shared`: the kernel path's program and maps;
@@ -11,11 +13,13 @@ mod demo;
 pub(crate) mod dial;
 mod doctor;
 pub(crate) mod engine;
+pub(crate) mod front;
 mod kernel;
+pub(crate) mod origin;
 mod pipe;
 mod probe;
 pub(crate) mod report;
-pub(crate) mod serve;
+mod serve;
 pub(crate) mod settings;
 mod shared;
 pub(crate) mod tcp;

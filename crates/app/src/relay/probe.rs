@@ -16,7 +16,6 @@ use underpass_logic::relay::Path;
 
 use super::{
     Choice, End,
-    engine::prepare,
     worker::{Job, Report, Worker},
 };
 
@@ -184,6 +183,13 @@ fn connection(address: IpAddr) -> Result<(TcpStream, TcpStream)> {
     ours.set_write_timeout(Some(PATIENCE))?;
     ours.set_nodelay(true)?;
     Ok((ours, prepare(theirs)?))
+}
+
+/// Makes a socket ready for a worker.
+fn prepare(stream: TcpStream) -> std::io::Result<TcpStream> {
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 fn join(worker: &Worker, choice: Choice, client: TcpStream, target: TcpStream) -> mpsc::Receiver<Report> {

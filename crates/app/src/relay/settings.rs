@@ -1,8 +1,10 @@
 //! What the user asks the relay for, checked.
 
-use std::{fmt, fs, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, fs, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use super::Choice;
+use ipnet::IpNet;
+
+use super::{Choice, origin::Version};
 use crate::{
     address::{HostPort, Listen},
     error::{Error, Result},
@@ -24,7 +26,7 @@ pub struct Args {
     #[arg(long, value_name = "HOST:PORT", required_unless_present = "pair", conflicts_with = "pair")]
     to: Option<HostPort>,
     /// Join the first two clients with each other, then the next two, and so on
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["proxy_protocol", "accept_proxy_protocol"])]
     pair: bool,
     /// Reach the target through this SOCKS5 proxy, which also resolves its name
     /// (password: the environment's UNDERPASS_PROXY_PASSWORD, or --via-password-file)
@@ -39,11 +41,25 @@ pub struct Args {
 }
 
 /// How connections are carried: the same words wherever underpass accepts some.
-#[derive(Debug, Clone, Copy, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct ConnectionArgs {
     /// Which way the bytes take
     #[arg(long, value_enum, default_value_t = PathArg::Auto)]
     pub path: PathArg,
+    /// Tell each target who its client is, by a PROXY protocol header before the first byte
+    #[arg(long, value_enum, value_name = "VERSION")]
+    pub proxy_protocol: Option<Version>,
+    /// Clients are proxies that tell who their client is, by a PROXY protocol header (version 1
+    /// or 2); who sends none is turned away. Let only those connect that may say so: --allow
+    #[arg(long)]
+    pub accept_proxy_protocol: bool,
+    /// Let in only who connects from this network; as often as needed [default: everybody]
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    pub allow: Vec<IpNet>,
+    /// So many connections may be open at a time; one more is closed at once [default: as many as
+    /// there are descriptors for]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: Option<u32>,
     /// How long reaching a target may take, a proxy's part included
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
     pub connect_timeout: Duration,
@@ -215,6 +231,13 @@ impl FromStr for Proxy {
         let address = address.parse().map_err(|e| format!("{e}; {shape}"))?;
         Ok(Self { address, login: user.map(|user| (user.to_owned(), String::new())) })
     }
+}
+
+/// A network, or an address alone.
+fn network(text: &str) -> Result<IpNet, String> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from)).ok_or_else(|| {
+        format!("'{text}' is no network; expected an address such as 192.0.2.0/24 or 2001:db8::/32")
+    })
 }
 
 /// Tests force changes of path with it; nobody else should.

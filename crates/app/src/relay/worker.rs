@@ -11,7 +11,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::BinaryHeap,
+    collections::{BinaryHeap, HashMap, VecDeque},
     io::{self, ErrorKind, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
@@ -34,6 +34,7 @@ use underpass_logic::relay::{Path, Window, better_path};
 
 use super::{
     Choice, End, Side,
+    front::Client,
     kernel::{Event, Joined, Kernel, SLOTS},
     pipe::{Pipe, Pipes},
     report::word,
@@ -71,9 +72,52 @@ pub struct Worker {
 #[derive(Clone)]
 pub struct Door {
     pub listener: Arc<TcpListener>,
-    /// Turns a client, or why there is none, into a job for this worker, if it is to
-    /// carry it. Called on the worker's thread: must not block.
-    pub take: Arc<dyn Fn(Accepted) -> Option<Job> + Send + Sync>,
+    /// What becomes of a client, or why there is none. Called on the worker's thread: must
+    /// not block.
+    pub take: Arc<dyn Fn(Accepted) -> Taken + Send + Sync>,
+}
+
+/// What becomes of a client.
+pub enum Taken {
+    /// Nothing that the worker has to do.
+    Gone,
+    /// The worker carries it.
+    Carried(Job),
+    /// It has to say more first.
+    Waits(Undecided),
+    /// Somebody else takes it.
+    Elsewhere(Client, Box<dyn FnOnce(Client) + Send>),
+}
+
+impl Taken {
+    /// Whether the worker has it from now on.
+    pub fn stays(&self) -> bool {
+        match self {
+            Self::Carried(_) | Self::Waits(_) => true,
+            Self::Gone | Self::Elsewhere(..) => false,
+        }
+    }
+}
+
+impl std::fmt::Debug for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Gone => f.write_str("Gone"),
+            Self::Carried(job) => f.debug_tuple("Carried").field(job).finish(),
+            Self::Waits(undecided) => f.debug_tuple("Waits").field(&undecided.client).finish(),
+            Self::Elsewhere(client, _) => f.debug_tuple("Elsewhere").field(client).finish(),
+        }
+    }
+}
+
+/// A client of which it is not known yet what becomes.
+pub struct Undecided {
+    pub client: Client,
+    /// Until when it may take.
+    pub until: Instant,
+    /// Looks at what it has said, all of it; the last time when it is late, and then does not
+    /// wait again. Called on the worker's thread: must not block.
+    pub look: Box<dyn FnOnce(Client, bool) -> Taken + Send>,
 }
 
 /// What `accept` gave.
@@ -151,7 +195,7 @@ pub struct Open {
 
 #[derive(Debug)]
 enum Command {
-    Carry(Box<Job>),
+    Take(Box<Taken>),
     Open(Door),
     CloseDoor,
     Describe(oneshot::Sender<Vec<Open>>),
@@ -179,8 +223,13 @@ impl Worker {
 
     /// Carries a connection to its end.
     pub fn carry(&self, job: Job) {
-        self.load.fetch_add(1, Ordering::Relaxed);
-        self.command(Command::Carry(Box::new(job)));
+        self.take(Taken::Carried(job));
+    }
+
+    /// Takes a client that another worker has accepted.
+    pub fn take(&self, taken: Taken) {
+        self.load.fetch_add(usize::from(taken.stays()), Ordering::Relaxed);
+        self.command(Command::Take(Box::new(taken)));
     }
 
     /// Accepts clients, beside other workers.
@@ -218,6 +267,10 @@ struct Thread {
     epoll: Epoll,
     door: Option<Door>,
     pairs: Vec<Option<Box<Pair>>>,
+    /// By their slots, which their pairs will have.
+    undecided: HashMap<u32, Undecided>,
+    /// When those are late, in about that order; some are decided since.
+    deadlines: VecDeque<(Instant, u32)>,
     load: Arc<AtomicUsize>,
     free: Vec<u32>,
     /// Not to be used again before the events at hand are dealt with: some may be
@@ -313,14 +366,29 @@ impl Thread {
         epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, COMMANDS))?;
         let tools = Tools { kernel, pipes: Pipes::default(), buffer: vec![0; CHUNK].into() };
         let (pairs, free, freed, retries) = (vec![], vec![], vec![], BinaryHeap::new());
-        Ok(Self { inbox, wake, epoll, door: None, pairs, load, free, freed, retries, tools })
+        let (undecided, deadlines) = (HashMap::new(), VecDeque::new());
+        Ok(Self {
+            inbox,
+            wake,
+            epoll,
+            door: None,
+            pairs,
+            undecided,
+            deadlines,
+            load,
+            free,
+            freed,
+            retries,
+            tools,
+        })
     }
 
     fn run(&mut self) {
         let mut events = [EpollEvent::empty(); 256];
         let mut overdue_check = Instant::now();
         loop {
-            let count = self.epoll.wait(&mut events, self.timeout(overdue_check)).unwrap_or(0);
+            let timeout = self.timeout(overdue_check);
+            let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
             for event in &events[..count] {
                 match event.data() {
                     RING => self.drain_ring(),
@@ -335,6 +403,11 @@ impl Thread {
             }
             self.run_retries();
             let now = Instant::now();
+            while self.next_deadline().is_some_and(|at| at <= now) {
+                if let Some((_, slot)) = self.deadlines.pop_front() {
+                    self.look(slot, true);
+                }
+            }
             if now >= overdue_check {
                 overdue_check = now + OVERDUE_CHECK;
                 self.end_overdue(now);
@@ -345,10 +418,11 @@ impl Thread {
 
     /// Until something is due; rounded up to epoll's milliseconds, so as not to wake
     /// just before.
-    fn timeout(&self, overdue_check: Instant) -> EpollTimeout {
+    fn timeout(&mut self, overdue_check: Instant) -> EpollTimeout {
+        let late = self.next_deadline();
         let retry = self.retries.peek().map(|Reverse((at, _))| *at);
         let check = (self.load.load(Ordering::Relaxed) > 0).then_some(overdue_check);
-        let Some(due) = retry.into_iter().chain(check).min() else { return EpollTimeout::NONE };
+        let Some(due) = retry.into_iter().chain(check).chain(late).min() else { return EpollTimeout::NONE };
         let left = due.saturating_duration_since(Instant::now());
         u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX).into()
     }
@@ -358,7 +432,7 @@ impl Thread {
         let _ = self.wake.read();
         while let Ok(command) = self.inbox.try_recv() {
             match command {
-                Command::Carry(job) => self.begin(*job),
+                Command::Take(taken) => self.settle(*taken),
                 Command::Open(door) => self.open_door(door),
                 Command::CloseDoor => self.close_door(),
                 Command::Describe(tell) => {
@@ -368,6 +442,7 @@ impl Thread {
                     let _ = tell.send(open);
                 }
                 Command::Stop => {
+                    self.undecided.clear();
                     for index in 0..self.pairs.len() as u32 {
                         self.end(index * 2, End::Stopped);
                     }
@@ -402,20 +477,82 @@ impl Thread {
         if accepted.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
             return;
         }
-        if let Some(job) = (door.take)(accepted) {
-            self.load.fetch_add(1, Ordering::Relaxed);
-            self.begin(job);
+        let taken = (door.take)(accepted);
+        self.load.fetch_add(usize::from(taken.stays()), Ordering::Relaxed);
+        self.settle(taken);
+    }
+
+    /// Does what becomes of a client that nobody watches yet.
+    fn settle(&mut self, taken: Taken) {
+        match taken {
+            Taken::Gone => {}
+            Taken::Elsewhere(client, take) => take(client),
+            Taken::Carried(job) => {
+                let slot = self.slot();
+                self.begin(slot, job, false);
+            }
+            Taken::Waits(undecided) => {
+                let slot = self.slot();
+                let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+                let event = EpollEvent::new(interest, slot.into());
+                if self.epoll.add(&undecided.client.stream, event).is_err() {
+                    // Without memory left for it; dropping it closes it.
+                    return self.leave(slot);
+                }
+                self.deadlines.push_back((undecided.until, slot));
+                self.undecided.insert(slot, undecided);
+            }
         }
     }
 
-    fn begin(&mut self, job: Job) {
-        let slot = self.free.pop().unwrap_or_else(|| {
+    fn slot(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
             self.pairs.push(None);
             (self.pairs.len() as u32 - 1) * 2
-        });
+        })
+    }
+
+    fn leave(&mut self, slot: u32) {
+        self.freed.push(slot);
+        self.load.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Looks at what an undecided client has said.
+    fn look(&mut self, slot: u32, late: bool) {
+        let Some(Undecided { client, look, .. }) = self.undecided.remove(&slot) else { return };
+        match look(client, late) {
+            Taken::Waits(undecided) => drop(self.undecided.insert(slot, undecided)),
+            Taken::Carried(job) => self.begin(slot, job, true),
+            Taken::Gone => self.leave(slot),
+            Taken::Elsewhere(client, take) => {
+                // It was added, and is still open.
+                let _ = self.epoll.delete(&client.stream);
+                self.leave(slot);
+                take(client);
+            }
+        }
+    }
+
+    /// When the next undecided client is late.
+    fn next_deadline(&mut self) -> Option<Instant> {
+        while let Some(&(at, slot)) = self.deadlines.front() {
+            if self.undecided.get(&slot).is_some_and(|undecided| undecided.until == at) {
+                return Some(at);
+            }
+            self.deadlines.pop_front();
+        }
+        None
+    }
+
+    /// Begins to carry; the client may be watched already.
+    fn begin(&mut self, slot: u32, job: Job, client_is_watched: bool) {
         let pair = Box::new(Pair::new(job));
         let watched = (slot..).zip(&pair.ends).try_for_each(|(slot, socket)| {
-            self.epoll.add(&socket.stream, EpollEvent::new(socket.interest, slot.into()))
+            let mut event = EpollEvent::new(socket.interest, slot.into());
+            if client_is_watched && Side::of_slot(slot) == Side::Client {
+                return self.epoll.modify(&socket.stream, &mut event);
+            }
+            self.epoll.add(&socket.stream, event)
         });
         self.pairs[slot as usize / 2] = Some(pair);
         if let Err(error) = watched {
@@ -443,7 +580,7 @@ impl Thread {
     }
 
     fn socket_event(&mut self, slot: u32, flags: EpollFlags) {
-        let Some(Some(pair)) = self.pairs.get_mut(slot as usize / 2) else { return };
+        let Some(Some(pair)) = self.pairs.get_mut(slot as usize / 2) else { return self.look(slot, false) };
         let socket = &mut pair.ends[slot as usize % 2];
         if flags.contains(EpollFlags::EPOLLERR)
             && let Ok(Some(error)) = socket.stream.take_error()
@@ -565,8 +702,7 @@ impl Thread {
                 kernel.forget(joined);
             }
         }
-        self.freed.push(slot);
-        self.load.fetch_sub(1, Ordering::Relaxed);
+        self.leave(slot);
         if let Some(done) = done {
             done(report);
         }

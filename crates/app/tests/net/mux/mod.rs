@@ -2,6 +2,7 @@
 
 mod connection;
 mod datagram;
+mod front;
 mod message;
 mod refusals;
 
