@@ -142,7 +142,7 @@ impl Connections {
                 self.undecided.fetch_add(1, Relaxed);
                 self.wait(client, needed, Place(Arc::clone(self)))
             }
-            look => self.act(client, look),
+            look @ (Look::Decided(_) | Look::Wait(_) | Look::Left | Look::Wrong(_)) => self.act(client, look),
         }
     }
 
@@ -151,7 +151,10 @@ impl Connections {
         let (this, until) = (Arc::clone(self), client.begun + self.limits.peek);
         let look = move |mut client: Client, late: bool| match this.look(&mut client, needed) {
             Look::Wait(needed) if !late => this.wait(client, needed, place),
-            look => this.act(client, look),
+            look @ (Look::Decided(_) | Look::Wait(_) | Look::Left | Look::Wrong(_)) => {
+                drop(place);
+                this.act(client, look)
+            }
         };
         Taken::Waits(Undecided { client, until, look: Box::new(look) })
     }
@@ -180,9 +183,8 @@ impl Connections {
                             }
                         }
                     }
-                    if read < room {
-                        return Look::Wait(needed); // most likely nothing else is there
-                    }
+                    // On to the next read, even after a short one: an end that has come already is
+                    // not told of again.
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Look::Wait(needed),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

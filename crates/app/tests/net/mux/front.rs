@@ -233,7 +233,9 @@ fn garbage_goes_to_the_default_and_takes_no_memory() {
             })
         })
         .collect();
-    clients.into_iter().for_each(|client| client.join().unwrap());
+    for client in clients {
+        client.join().unwrap();
+    }
     assert!(mux.memory() < before + (32 << 20), "20 MB of garbage took more than 32 MiB");
     thread::sleep(Duration::from_millis(50));
     eventually("nothing is left of it", || show(&host)["listening"][0]["counts"]["open"] == 0);
