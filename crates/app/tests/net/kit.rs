@@ -475,9 +475,13 @@ impl Stream {
     pub fn receive_all(&mut self, mut from: impl io::Read) -> io::Result<u64> {
         let mut buffer = vec![0; 256 << 10];
         loop {
-            match from.read(&mut buffer)? {
-                0 => return Ok(self.count),
-                count => self.check(&buffer[..count]),
+            match from.read(&mut buffer) {
+                Ok(0) => return Ok(self.count),
+                Ok(count) => self.check(&buffer[..count]),
+                // A socket with a deadline says so after the process was stopped and went
+                // on (signal(7)), as a frozen virtual machine or control group does.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }
