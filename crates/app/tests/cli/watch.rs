@@ -80,7 +80,9 @@ fn privileges_that_lack_are_named() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let binary = folder.path().join("underpass");
-    fs::copy(BINARY, &binary).unwrap();
+    // By another process: a child that a test beside this one starts meanwhile would have
+    // the copy open for writing, which then cannot be executed (ETXTBSY).
+    assert!(Command::new("cp").arg(BINARY).arg(&binary).status().unwrap().success());
     for (has, args, lacks) in [
         ("", &["watch"][..], "CAP_BPF"),
         (",+bpf", &["watch"], "CAP_PERFMON"),
