@@ -210,13 +210,7 @@ fn times(args: &Args) -> Result<Table> {
         subjects.push(Timed::hostile(hook)?);
     }
     let (n, repeat) = if args.quick { (3, 200_000) } else { (9, 500_000) };
-    for round in 1..=n {
-        say(format_args!("UDP, round {round} of {n}"));
-        for subject in &mut subjects {
-            let time = subject.time(repeat)?;
-            table.add(subject.label, subject.hook, time);
-        }
-    }
+    time_all(&mut table, &mut subjects, n, "UDP", |subject| subject.time(repeat))?;
     Ok(table)
 }
 
@@ -234,14 +228,24 @@ fn moves(args: &Args) -> Result<Table> {
         }
     }
     let (n, runs) = if args.quick { (3, 2_000) } else { (9, 10_000) };
+    time_all(&mut table, &mut subjects, n, "UDP that moves", |subject| subject.time_once(runs))?;
+    Ok(table)
+}
+
+fn time_all(
+    table: &mut Table,
+    subjects: &mut [Timed],
+    n: usize,
+    what: &str,
+    time: impl Fn(&mut Timed) -> Result<f64>,
+) -> Result<()> {
     for round in 1..=n {
-        say(format_args!("UDP that moves, round {round} of {n}"));
-        for subject in &mut subjects {
-            let time = subject.time_once(runs)?;
-            table.add(subject.label, subject.hook, time);
+        say(format_args!("{what}, round {round} of {n}"));
+        for subject in &mut *subjects {
+            table.add(subject.label, subject.hook, time(subject)?);
         }
     }
-    Ok(table)
+    Ok(())
 }
 
 fn start(host: &Namespace, command: &mut Command) -> Result<Process> {

@@ -7,12 +7,12 @@
 
 use std::{
     io::{self, Read as _},
-    net::{SocketAddr, TcpStream},
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -27,11 +27,11 @@ use super::{
 use crate::{
     address::HostPort,
     relay::{
-        End, dial,
+        dial,
         engine::Engine,
         front::{Client, Front},
         report,
-        worker::{Job, Taken, Undecided},
+        worker::{Taken, Undecided},
     },
 };
 
@@ -72,13 +72,13 @@ struct Target {
     address: HostPort,
     /// If connecting to it needs no name.
     direct: Option<SocketAddr>,
-    text: String,
+    text: Arc<str>,
 }
 
 impl From<HostPort> for Target {
     fn from(address: HostPort) -> Self {
         let direct = address.ip().map(|ip| (ip, address.port).into());
-        Self { direct, text: address.to_string(), address }
+        Self { direct, text: address.to_string().into(), address }
     }
 }
 
@@ -241,54 +241,17 @@ impl Connections {
             let dial = move |client| drop(runtime.spawn(async move { this.dial(client, index).await }));
             return Taken::Elsewhere(client, Box::new(dial));
         };
-        match dial::start(direct) {
-            Ok(stream) => {
-                let until = Instant::now() + self.front.args.connect_timeout;
-                Taken::Carried(self.job(client, stream, index, Some(until)))
-            }
-            Err(error) => {
-                self.front.unreached(client, &target.text, &error);
-                Taken::Gone
-            }
-        }
+        self.front.connect(client, self.engine.choice, direct, Arc::clone(&target.text))
     }
 
     async fn dial(self: Arc<Self>, client: Client, index: usize) {
         let (target, timeout) = (&self.targets[index], self.front.args.connect_timeout);
         match dial::within(timeout, &target.address).await {
-            Ok(stream) => self.engine.carry(self.job(client, stream, index, None)),
+            Ok(stream) => {
+                let (choice, name) = (self.engine.choice, Arc::clone(&target.text));
+                self.engine.carry(self.front.job(client, choice, stream, None, name));
+            }
             Err(error) => self.front.unreached(client, &target.text, &error),
-        }
-    }
-
-    fn job(
-        self: &Arc<Self>,
-        client: Client,
-        target: TcpStream,
-        index: usize,
-        connecting: Option<Instant>,
-    ) -> Job {
-        let this = Arc::clone(self);
-        let mut early = client.introduction();
-        let Client { stream, peer, begun, said, seat, .. } = client;
-        early.extend(said);
-        Job {
-            client: stream,
-            target,
-            connecting,
-            early,
-            choice: self.engine.choice,
-            idle: self.front.args.idle_timeout,
-            done: Box::new(move |report| {
-                let (front, target) = (&this.front, &this.targets[index].text);
-                front.counts.add(&report);
-                if front.args.log_connections {
-                    report::log(peer, target, &report, begun.elapsed());
-                } else if let End::Unreachable(error) = &report.end {
-                    front.tell_unreached(peer, target, error, begun);
-                }
-                drop(seat);
-            }),
         }
     }
 

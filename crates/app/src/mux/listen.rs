@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     str::FromStr,
     sync::{
         Arc,
@@ -141,8 +141,7 @@ async fn connections(args: &Args, routes: Vec<Route<HostPort>>) -> Result<()> {
     let limits = connection::Limits { undecided: args.max_undecided, peek: args.peek_timeout };
     let listener = Arc::new(listen(&args.listen).await?);
     let engine = Engine::start(args.connections.path.choice()?)?;
-    announce(&listener, "connection", &engine.kernel)?;
-    let address = listener.local_addr().context("no local address")?;
+    let address = announce(&listener, "connection", &engine.kernel)?;
     let connections = Connections::new(routes, args.default.clone(), Arc::clone(&front), engine, limits);
     let taker = Arc::clone(&connections);
     let accept = connections.engine.open(&front, &listener, move |client| taker.take(client));
@@ -165,8 +164,7 @@ async fn messages(args: &Args, plan: Plan) -> Result<()> {
     let most = (2 * raise_descriptor_limit() / (1 + plan.backends.len())).max(1);
     let front = Front::new(args.connections.clone(), most);
     let listener = Arc::new(listen(&args.listen).await?);
-    announce(&listener, "message", "not used: messages are sorted in this process")?;
-    let address = listener.local_addr().context("no local address")?;
+    let address = announce(&listener, "message", "not used: messages are sorted in this process")?;
     let messages = Messages::new(plan, Arc::clone(&front));
     let watched = readable(Arc::clone(&listener)).context("cannot watch the listener")?;
     let accept = front.accept_all(&watched, |client| drop(tokio::spawn(Arc::clone(&messages).serve(client))));
@@ -182,10 +180,11 @@ async fn messages(args: &Args, plan: Plan) -> Result<()> {
     Ok(())
 }
 
-fn announce(listener: &TcpListener, per: &str, kernel: &str) -> Result<()> {
+/// Says that it listens, and gives where.
+fn announce(listener: &TcpListener, per: &str, kernel: &str) -> Result<SocketAddr> {
     let address = listener.local_addr().context("no local address")?;
     info!(listen = %address, per, kernel, "ready");
-    Ok(())
+    Ok(address)
 }
 
 /// The `mux listen` that run.

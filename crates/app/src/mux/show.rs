@@ -15,7 +15,7 @@ use super::{
 use crate::{
     attachment::{Found, pinned},
     error::Result,
-    live,
+    live::{self, text},
 };
 
 #[derive(Debug, Serialize)]
@@ -181,19 +181,12 @@ fn print(out: &mut impl std::io::Write, report: &Report) -> std::io::Result<()> 
 
 /// One `mux listen`.
 fn print_listening(out: &mut impl std::io::Write, it: &Value) -> std::io::Result<()> {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    writeln!(
-        out,
-        "{} by {}: pid {}, path {}",
-        text(&it["listen"]),
-        text(&it["per"]),
-        it["pid"],
-        text(&it["path"])
-    )?;
+    let (listen, per, path) = (text(it, "listen"), text(it, "per"), text(it, "path"));
+    writeln!(out, "{listen} by {per}: pid {}, path {path}", it["pid"])?;
     let counted = ["connections", "messages"];
     for route in it["routes"].as_array().into_iter().flatten() {
         let count = counted.iter().find_map(|what| route[what].as_u64()).unwrap_or_default();
-        writeln!(out, "  {:<40} -> {:<21} {count:>12}", text(&route["match"]), text(&route["to"]))?;
+        writeln!(out, "  {:<40} -> {:<21} {count:>12}", text(route, "match"), text(route, "to"))?;
     }
     let of = |part: &Value| part.as_object().cloned().unwrap_or_default();
     let numbers = of(&it["counts"]).into_iter().chain(of(&it["messages"])).chain(of(it));

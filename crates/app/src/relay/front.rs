@@ -23,12 +23,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    dial,
+    Choice, End, dial,
     origin::{self, Origin},
     report::{self, Counts},
     settings::ConnectionArgs,
     tcp,
-    worker::{Accepted, Taken, Undecided},
+    worker::{Accepted, Job, Taken, Undecided},
 };
 use crate::{
     address::{HostPort, Listen},
@@ -201,6 +201,60 @@ impl Front {
 
     fn refusals(&self) -> MutexGuard<'_, Refusals> {
         self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects a client with a target whose address is known, without waiting until it is
+    /// reached. `name` is what the log calls the target.
+    pub fn connect(
+        self: &Arc<Self>,
+        client: Client,
+        choice: Choice,
+        to: SocketAddr,
+        name: Arc<str>,
+    ) -> Taken {
+        match dial::start(to) {
+            Ok(target) => {
+                let until = Instant::now() + self.args.connect_timeout;
+                Taken::Carried(self.job(client, choice, target, Some(until), name))
+            }
+            Err(error) => {
+                self.unreached(client, &name, &error);
+                Taken::Gone
+            }
+        }
+    }
+
+    /// What a worker needs to carry a client that has its other side. `connecting`: until when
+    /// that may take to be reached, if it is not yet.
+    pub fn job(
+        self: &Arc<Self>,
+        client: Client,
+        choice: Choice,
+        target: TcpStream,
+        connecting: Option<Instant>,
+        name: Arc<str>,
+    ) -> Job {
+        let front = Arc::clone(self);
+        let mut early = client.introduction();
+        let Client { stream, peer, begun, said, seat, .. } = client;
+        early.extend(said);
+        Job {
+            client: stream,
+            target,
+            connecting,
+            early,
+            choice,
+            idle: self.args.idle_timeout,
+            done: Box::new(move |report| {
+                front.counts.add(&report);
+                if front.args.log_connections {
+                    report::log(peer, &name, &report, begun.elapsed());
+                } else if let End::Unreachable(error) = &report.end {
+                    front.tell_unreached(peer, &name, error, begun);
+                }
+                drop(seat);
+            }),
+        }
     }
 
     /// Ends a client whose target was not reached.

@@ -4,7 +4,6 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     sync::Arc,
-    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -16,13 +15,13 @@ use tokio::{
 use tracing::info;
 
 use super::{
-    Args, End,
+    Args,
     dial::{self, dial},
     engine::Engine,
     front::{Client, Front, listen, raise_descriptor_limit, readable},
     report,
     settings::{Settings, Target, To},
-    worker::{Job, Taken},
+    worker::Taken,
 };
 use crate::error::Result;
 
@@ -45,7 +44,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
 /// What a client's other side takes.
 struct Relay {
     to: To,
-    target: String,
+    /// What the log calls it.
+    target: Arc<str>,
     /// The target's address, if connecting to it needs no name and no proxy.
     direct: Option<SocketAddr>,
     front: Arc<Front>,
@@ -60,7 +60,7 @@ impl Relay {
             To::Pair => ("pair".into(), None),
             To::Target(Target { address, via }) => {
                 let ip = address.ip().filter(|_| via.is_none());
-                (address.to_string(), ip.map(|ip| (ip, address.port).into()))
+                (address.to_string().into(), ip.map(|ip| (ip, address.port).into()))
             }
         };
         Arc::new(Self { to: settings.to, target, direct, front, engine, runtime: Handle::current() })
@@ -68,7 +68,7 @@ impl Relay {
 
     async fn serve(self: Arc<Self>, listener: Arc<TcpListener>) -> Result<()> {
         let address = listener.local_addr().context("no local address")?;
-        info!(listen = %address, to = self.target, kernel = self.engine.kernel, "ready");
+        info!(listen = %address, to = &*self.target, kernel = self.engine.kernel, "ready");
         let (describe, log) = (async || self.describe(address).await, || self.front.counts.log());
         if let To::Target(target) = &self.to {
             let accept = self.open(&listener, target);
@@ -102,22 +102,16 @@ impl Relay {
             let dial = move |client| drop(runtime.spawn(self.dial(target, client)));
             return Taken::Elsewhere(client, Box::new(dial));
         };
-        match dial::start(direct) {
-            Ok(stream) => {
-                let until = Instant::now() + self.front.args.connect_timeout;
-                Taken::Carried(self.job(client, stream, Some(until), None))
-            }
-            Err(error) => {
-                self.front.unreached(client, &self.target, &error);
-                Taken::Gone
-            }
-        }
+        self.front.connect(client, self.engine.choice, direct, Arc::clone(&self.target))
     }
 
     /// Connects a client with a target that has a name or is behind a proxy.
     async fn dial(self: Arc<Self>, target: Target, client: Client) {
         match dial(&target, self.front.args.connect_timeout).await {
-            Ok(stream) => self.engine.carry(self.job(client, stream, None, None)),
+            Ok(stream) => {
+                let (choice, name) = (self.engine.choice, Arc::clone(&self.target));
+                self.engine.carry(self.front.job(client, choice, stream, None, name));
+            }
             Err(error) => self.front.unreached(client, &self.target, &error),
         }
     }
@@ -126,44 +120,12 @@ impl Relay {
     async fn describe(&self, address: SocketAddr) -> serde_json::Value {
         json!({
             "listen": address,
-            "to": self.target,
+            "to": *self.target,
             "path": self.engine.choice.word(),
             "kernel": self.engine.kernel,
             "counts": self.front.counts.describe(),
             "connections": self.engine.describe().await,
         })
-    }
-
-    /// `name` is what the log calls the target, if it is another one for each client.
-    fn job(
-        self: &Arc<Self>,
-        client: Client,
-        target: std::net::TcpStream,
-        connecting: Option<Instant>,
-        name: Option<String>,
-    ) -> Job {
-        let relay = Arc::clone(self);
-        let mut early = client.introduction();
-        let Client { stream, peer, begun, said, seat, .. } = client;
-        early.extend(said);
-        Job {
-            client: stream,
-            target,
-            connecting,
-            early,
-            choice: self.engine.choice,
-            idle: self.front.args.idle_timeout,
-            done: Box::new(move |report| {
-                let front = &relay.front;
-                front.counts.add(&report);
-                if front.args.log_connections {
-                    report::log(peer, name.as_ref().unwrap_or(&relay.target), &report, begun.elapsed());
-                } else if let End::Unreachable(error) = &report.end {
-                    front.tell_unreached(peer, &relay.target, error, begun);
-                }
-                drop(seat);
-            }),
-        }
     }
 }
 
@@ -204,10 +166,10 @@ impl Acceptor<'_> {
     fn pair(&mut self, client: Client) {
         match self.waiting.take() {
             Some(first) => {
-                let name = client.peer.to_string();
+                let Relay { front, engine, .. } = &**self.relay;
+                let name = client.peer.to_string().into();
                 // Two clients, one connection between them: the second one's seat is free.
-                let job = self.relay.job(first.into_inner(), client.stream, None, Some(name));
-                self.relay.engine.carry(job);
+                engine.carry(front.job(first.into_inner(), engine.choice, client.stream, None, name));
             }
             None => match readable(client) {
                 Ok(client) => self.waiting = Some(client),
