@@ -2,9 +2,9 @@
 //! steps, reports, and switches the machine off.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io::Write as _,
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::Path,
     process::{Command, ExitCode},
     time::{Duration, Instant},
@@ -48,8 +48,6 @@ fn run() -> Result<()> {
         ("proc", "/proc"),
         ("sysfs", "/sys"),
         ("devtmpfs", "/dev"),
-        ("tmpfs", "/tmp"),
-        ("tmpfs", "/run"),
         ("bpf", "/sys/fs/bpf"),
         ("cgroup2", "/sys/fs/cgroup"),
         ("tracefs", "/sys/kernel/tracing"),
@@ -57,6 +55,11 @@ fn run() -> Result<()> {
         fs::create_dir_all(at).with_context(|| at.to_owned())?;
         mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {kind} at {at}"))?;
+    }
+    // Of the initial file system, which is in memory: what was built may lie below them.
+    for (at, mode) in [("/tmp", 0o1777), ("/run", 0o755)] {
+        fs::create_dir_all(at).with_context(|| at.to_owned())?;
+        fs::set_permissions(at, Permissions::from_mode(mode)).with_context(|| at.to_owned())?;
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
     report(&Report::Started { release });
