@@ -9,7 +9,7 @@ use underpass_logic::relay::model::{Model, Step};
 enum Event {
     Arrive { new: u16 },
     ArriveAgain { old: u32, new: u16 },
-    Judge { room: u32, owed: bool },
+    Judge { room: u32, owed: bool, meanwhile: u8 },
     Queue(u16),
     Carry { read: u16, write: u16 },
 }
@@ -28,7 +28,9 @@ fuzz_target!(|input: Input| {
             Event::Arrive { new } => Step::Arrive { old: 0, new: u32::from(new).max(1) },
             // As far back as receive queues reach.
             Event::ArriveAgain { old, new } => Step::Arrive { old: old % (1 << 20), new: new.into() },
-            Event::Judge { room, owed } => Step::Judge { room, owed },
+            Event::Judge { room, owed, meanwhile } => {
+                Step::Judge { room, owed, meanwhile: (meanwhile % 8).into() }
+            }
             Event::Queue(most) => Step::Queue(most.into()),
             Event::Carry { read, write } => Step::Carry { read: read.into(), write: write.into() },
         });

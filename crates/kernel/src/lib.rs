@@ -6,6 +6,20 @@ pub mod dnsguard;
 pub mod packet;
 pub mod socket;
 
+/// Adds to a number that others read or write meanwhile. `core` has no such operation for
+/// this target; the instruction is there (BPF_XADD), on every kernel. On x86-64 it is a full
+/// barrier besides.
+///
+/// # Safety
+/// `number` must be valid for reading and writing.
+#[inline(always)]
+pub unsafe fn add_to(number: *mut u64, more: u64) {
+    // SAFETY: one instruction on a valid place.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({number} + 0) += {more}", number = in(reg) number, more = in(reg) more);
+    }
+}
+
 /// The program's settings, from its read-only data: the user side writes them before
 /// the program is loaded, so the compiler must not know them, and the verifier does.
 #[macro_export]

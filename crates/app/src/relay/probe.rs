@@ -20,7 +20,7 @@ use super::{
 };
 
 /// A guard against hanging, far above what a probe takes.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(5);
 const EARLY: &[u8] = b"sent before the kernel path took over";
 const ROUNDS: u8 = 32;
 const BULK: usize = 512 << 10;

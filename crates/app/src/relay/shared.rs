@@ -57,7 +57,8 @@ impl Shared<Progress> {
         // SAFETY: the fields lie in the mapping and are aligned; the program, too,
         // writes them in whole words.
         unsafe {
-            let passed = AtomicU64::from_ptr(&raw mut (*it).passed).load(Ordering::Acquire);
+            // In one order with what `consume` wrote: see `logic::relay::news`.
+            let passed = AtomicU64::from_ptr(&raw mut (*it).passed).load(Ordering::SeqCst);
             Progress {
                 passed,
                 redirected: AtomicU64::from_ptr(&raw mut (*it).redirected).load(Ordering::Acquire),
@@ -97,7 +98,7 @@ impl Shared<Credit> {
     pub fn consume(&mut self, slot: u32, bytes: u64) {
         // SAFETY: within the mapping and aligned.
         let consumed = unsafe { AtomicU64::from_ptr(&raw mut (*self.at(slot)).consumed) };
-        consumed.fetch_add(bytes, Ordering::Release);
+        consumed.fetch_add(bytes, Ordering::SeqCst);
     }
 }
 

@@ -50,6 +50,9 @@ const CHUNK: usize = 64 << 10;
 /// to queue or drain bytes: nothing tells when that has happened.
 const RETRY: Duration = Duration::from_millis(1);
 const RETRY_AT_MOST: Duration = Duration::from_millis(64);
+/// Whether the program's addition is a full barrier, as `logic::relay::news` needs it.
+/// Where it is not, a direction is looked at once more after the last owed byte is written.
+const TOLD_IN_TIME: bool = cfg!(target_arch = "x86_64");
 /// How often connections are looked at that may be idle or connecting for too long.
 const OVERDUE_CHECK: Duration = Duration::from_millis(250);
 /// What epoll says when the ring buffer, a command or a client has come; else it is a
@@ -318,6 +321,8 @@ struct Socket {
     joined: Option<Joined>,
     copied: u64,
     spliced: u64,
+    /// Owed bytes were written since it was last seen that none are owed.
+    has_paid: bool,
     retry: Duration,
     retry_is_due: bool,
 }
@@ -861,6 +866,7 @@ impl Socket {
             joined: None,
             copied: 0,
             spliced: 0,
+            has_paid: false,
             retry: RETRY,
             retry_is_due: false,
         }
@@ -903,7 +909,8 @@ impl Socket {
             && joined.judged
         {
             if kernel.owed(joined) == 0 {
-                return Ok(Some(Wait::Event));
+                let again = std::mem::take(&mut self.has_paid) && !TOLD_IN_TIME;
+                return Ok(Some(if again { Wait::Retry } else { Wait::Event }));
             }
             if !kernel.is_in_order(joined, (to, &dst.stream)).map_err(Failed::Destination)? {
                 return Ok(Some(Wait::Retry));
@@ -950,6 +957,7 @@ impl Socket {
         }
         if let (Some(kernel), Some(joined)) = (&mut tools.kernel, &self.joined) {
             kernel.consume(joined, written);
+            self.has_paid = true;
         }
     }
 

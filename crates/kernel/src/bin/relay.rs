@@ -10,8 +10,11 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use underpass_abi::relay::{BROKEN_GAP, BROKEN_REDIRECT, BROKEN_TRIM, Credit, EVENT_BROKEN, Progress};
-use underpass_kernel::socket::{self, TcpField};
-use underpass_logic::relay::{Gap, SendQueue, Verdict, decide, overlap};
+use underpass_kernel::{
+    add_to,
+    socket::{self, TcpField},
+};
+use underpass_logic::relay::{Gap, News, SendQueue, Verdict, decide, news, overlap};
 
 underpass_kernel::license!();
 
@@ -73,8 +76,8 @@ pub fn relay_verdict(ctx: SkBuffContext) -> u32 {
     // SAFETY: both point into maps that live as long as the program. The kernel
     // holds the source socket's lock around a verdict, so nobody else has this
     // slot's progress; the user side writes only the credit, in whole words.
-    let (progress, credit) = unsafe { (&mut *progress, credit.read_volatile()) };
-    match judge(&ctx, cookie, slot, progress, &credit) {
+    let progress = unsafe { &mut *progress };
+    match judge(&ctx, cookie, slot, progress, credit) {
         Ok(action) => action,
         Err(reason) => {
             progress.broken = reason;
@@ -90,7 +93,7 @@ fn judge(
     cookie: u64,
     slot: u32,
     progress: &mut Progress,
-    credit: &Credit,
+    credit: *const Credit,
 ) -> Result<u32, u32> {
     let seq = socket::segment_seq(ctx);
     let len = ctx.len();
@@ -120,23 +123,38 @@ fn judge(
     }
     progress.segments += 1;
     let len = len - old;
-    match decide(progress, credit, &send_queue, len) {
+    // SAFETY: see `relay_verdict`.
+    let allowed = unsafe { credit.read_volatile() };
+    match decide(progress, &allowed, &send_queue, len) {
         Verdict::Redirect => redirect(ctx, cookie, progress, len),
-        Verdict::Pass => {
-            progress.passed += len as u64;
-            Ok(SK_PASS)
-        }
-        Verdict::PassAndWarn => {
-            progress.passed += len as u64;
+        Verdict::Pass => pass(ctx, cookie, slot, progress, credit, len),
+    }
+}
+
+/// Passes a segment to the user side and tells it where it has to be told.
+#[inline(always)]
+fn pass(
+    ctx: &SkBuffContext,
+    cookie: u64,
+    slot: u32,
+    progress: &mut Progress,
+    credit: *const Credit,
+    len: u32,
+) -> Result<u32, u32> {
+    // SAFETY: see `relay_verdict`. The credit is read behind the barrier that `add_to` is.
+    let credit = unsafe {
+        add_to(&raw mut progress.passed, len as u64);
+        credit.read_volatile()
+    };
+    match news(progress, &credit, len) {
+        News::None => Ok(SK_PASS),
+        News::Much => {
             // If there is no room for it, the next one tells.
             let _ = EVENTS.output::<u32>(slot, 0);
             Ok(SK_PASS)
         }
-        Verdict::PassAndTell => {
-            progress.passed += len as u64;
-            if EVENTS.output::<u32>(slot, 0).is_ok() {
-                return Ok(SK_PASS);
-            }
+        News::Arrived if EVENTS.output::<u32>(slot, 0).is_ok() => Ok(SK_PASS),
+        News::Arrived => {
             // Nobody would ever fetch what is passed: over the limit is the lesser evil.
             progress.passed -= len as u64;
             redirect(ctx, cookie, progress, len)

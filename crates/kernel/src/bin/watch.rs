@@ -14,7 +14,6 @@
 //! No program runs per packet.
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
 
 use core::{ffi::c_void, ptr};
 
@@ -39,6 +38,7 @@ use underpass_abi::watch::{
     PACKET, Path, Peer, Process, Released, Socket, StateChange, control, direction, event, flag, lost,
     quality,
 };
+use underpass_kernel::add_to;
 
 underpass_kernel::license!();
 
@@ -1075,16 +1075,6 @@ fn lose(what: u32) {
         // A program in softirq may interrupt one that is about to count.
         // SAFETY: this CPU's value.
         unsafe { add_to(counter, 1) };
-    }
-}
-
-/// Adds to a counter, atomically. Rust has no such addition for this target; the
-/// instruction is there.
-#[inline(always)]
-unsafe fn add_to(counter: *mut u64, number: u64) {
-    // SAFETY: the caller's pointer is the map's value.
-    unsafe {
-        core::arch::asm!("lock *(u64 *)({counter} + 0) += {number}", counter = in(reg) counter, number = in(reg) number);
     }
 }
 

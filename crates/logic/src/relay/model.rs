@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use underpass_abi::relay::{Credit, Progress};
 
-use super::{OVERHEAD, SendQueue, Verdict, decide, is_drained, may_write, overlap, waiting};
+use super::{News, OVERHEAD, SendQueue, Verdict, decide, is_drained, may_write, news, overlap, waiting};
 
 /// One thing that happens to a direction, in any order.
 #[derive(Debug, Clone)]
@@ -24,6 +24,9 @@ pub enum Step {
         room: u32,
         /// The user side owes bytes that came in at the other socket.
         owed: bool,
+        /// How many turns the user side has while the program is at it: after it has
+        /// decided and before it has counted.
+        meanwhile: u32,
     },
     /// The kernel puts so many redirected bytes into the other socket's queue.
     Queue(u32),
@@ -83,7 +86,7 @@ impl Model {
                 self.segments.push_back((start, old + new));
                 self.arrived += u64::from(new);
             }
-            Step::Judge { room, owed } => self.judge(room, owed),
+            Step::Judge { room, owed, meanwhile } => self.judge(room, owed, meanwhile),
             Step::Queue(most) => self.queue(most),
             Step::Carry { read, write } => self.carry(read, write),
         }
@@ -97,7 +100,7 @@ impl Model {
     /// Where it does not within `rounds`.
     pub fn settle(&mut self, rounds: usize) {
         for _ in 0..rounds {
-            self.step(&Step::Judge { room: u32::MAX, owed: false });
+            self.step(&Step::Judge { room: u32::MAX, owed: false, meanwhile: 0 });
             self.step(&Step::Queue(u32::MAX));
             self.step(&Step::Carry { read: u32::MAX, write: u32::MAX });
         }
@@ -109,7 +112,7 @@ impl Model {
         self.progress.base_seq.wrapping_add(self.delivered as u32)
     }
 
-    fn judge(&mut self, room: u32, owed: bool) {
+    fn judge(&mut self, room: u32, owed: bool, meanwhile: u32) {
         let Some((start, len)) = self.segments.pop_front() else { return };
         let seq = self.first_seq.wrapping_add(start as u32);
         let old = overlap(&self.progress, seq).expect("the model leaves no gap");
@@ -119,27 +122,28 @@ impl Model {
         self.progress.last_end = seq.wrapping_add(len);
         let (start, len) = (start + u64::from(old), len - old);
         let queue = SendQueue { write_seq: self.write_seq(), room, owed };
-        match decide(&self.progress, &self.credit, &queue, len) {
+        let verdict = decide(&self.progress, &self.credit, &queue, len);
+        for _ in 0..meanwhile {
+            self.carry(u32::MAX, u32::MAX);
+        }
+        match verdict {
             Verdict::Redirect => {
                 let waiting = waiting(&self.progress, &self.credit, queue.write_seq) + len;
                 assert!(!owed && waiting * OVERHEAD <= room, "{waiting} bytes do not fit into {room}");
                 self.redirected.push_back((start, len));
                 self.progress.redirected += u64::from(len);
             }
-            Verdict::Pass | Verdict::PassAndWarn => self.pass(start, len),
-            Verdict::PassAndTell => {
-                self.told = true;
-                self.pass(start, len);
-            }
+            Verdict::Pass => self.pass(start, len),
         }
         let waiting = waiting(&self.progress, &self.credit, self.write_seq());
         assert!(u64::from(waiting) <= self.credit.cap, "{waiting} bytes wait");
     }
 
     fn pass(&mut self, start: u64, len: u32) {
-        assert!(self.told, "bytes are passed and nobody knows");
         self.passed.push_back((start, len));
         self.progress.passed += u64::from(len);
+        self.told |= news(&self.progress, &self.credit, len) == News::Arrived;
+        assert!(self.told, "bytes are passed and nobody knows");
     }
 
     fn queue(&mut self, most: u32) {
