@@ -101,14 +101,17 @@ impl Slot {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Flow {
-    /// The client's address; IPv4 is mapped into IPv6 (RFC 4291, section 2.5.5.2).
-    pub client: [u8; 16],
+    /// The client's address in two words, as it lies in memory; IPv4 is mapped into IPv6
+    /// (RFC 4291, section 2.5.5.2).
+    pub client: [u64; 2],
     /// The address that the client spoke to.
-    pub local: [u8; 16],
+    pub local: [u64; 2],
     /// The client's port.
     pub client_port: u16,
     /// The port of the service, where the datagrams went.
     pub service_port: u16,
+    /// Zero: a key has no bytes that are not written.
+    pub zero: u32,
 }
 
 /// The port that a client spoke to. The upper bits are zero.
@@ -144,7 +147,7 @@ pub mod counter {
 }
 
 crate::pod! {
-    Flow = 36,
+    Flow = 40,
     Shape = 56,
     Slot = 24,
     Table = 32 + 56 * MAX_SHAPES + 2 * BUCKETS + 24 * SLOTS,

@@ -92,10 +92,11 @@ fn whole_length<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<u
 #[inline(always)]
 pub fn flow_in<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, port: u16) -> Result<Flow, Short> {
     Ok(Flow {
-        client: datagram.ip.source(packet)?.0,
-        local: datagram.ip.destination(packet)?.0,
+        client: datagram.ip.source_words(packet)?,
+        local: datagram.ip.destination_words(packet)?,
         client_port: datagram.udp.source_port,
         service_port: port,
+        zero: 0,
     })
 }
 
@@ -106,10 +107,11 @@ pub fn flow_in<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, port: u16) -
 #[inline(always)]
 pub fn flow_out<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<Flow, Short> {
     Ok(Flow {
-        client: datagram.ip.destination(packet)?.0,
-        local: datagram.ip.source(packet)?.0,
+        client: datagram.ip.destination_words(packet)?,
+        local: datagram.ip.source_words(packet)?,
         client_port: datagram.udp.destination_port,
         service_port: datagram.udp.source_port,
+        zero: 0,
     })
 }
 
@@ -121,9 +123,10 @@ pub fn flow_out<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<F
 pub fn flow_quoted<P: Packet + ?Sized>(packet: &P, quote: &Quote) -> Result<Flow, Short> {
     let quoted: &Ip = &quote.ip;
     Ok(Flow {
-        client: quoted.source(packet)?.0,
-        local: quoted.destination(packet)?.0,
+        client: quoted.source_words(packet)?,
+        local: quoted.destination_words(packet)?,
         client_port: quote.source_port,
         service_port: quote.destination_port,
+        zero: 0,
     })
 }
