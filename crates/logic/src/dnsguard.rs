@@ -13,7 +13,7 @@ use crate::{
     packet::{
         Packet, Short, Unparsed,
         ip::{Address, Fragment, Ipv4, Version, Words},
-        udp::Datagram,
+        udp::{Datagram, Glance},
     },
 };
 
@@ -64,6 +64,9 @@ pub fn judge<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings, mem
 /// Notes a query that goes out to a guarded resolver; whether it was one.
 #[inline(always)]
 pub fn note_query<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings, memory: &mut M) -> bool {
+    if !matches!(Glance::at(packet), Glance::Udp { destination_port: PORT, .. } | Glance::Unclear) {
+        return false;
+    }
     let Ok(datagram) = Datagram::parse(packet) else { return false };
     if datagram.udp.destination_port != PORT {
         return false;
@@ -105,6 +108,16 @@ fn guarded(settings: &Settings, address: Words, slot: usize) -> Option<&Resolver
     (settings.flags & settings_flag::ANY != 0).then_some(&settings.any)
 }
 
+/// Whether that shows at a glance, as it does of nearly all traffic that is not DNS.
+#[inline(always)]
+fn is_surely_no_answer<P: Packet + ?Sized>(packet: &P) -> bool {
+    match Glance::at(packet) {
+        Glance::Other => true,
+        Glance::Udp { source_port, .. } => source_port != PORT,
+        Glance::Unclear => false,
+    }
+}
+
 /// A single answer of a guarded resolver, and all that was read of it.
 pub struct Seen<'a> {
     datagram: Datagram,
@@ -122,6 +135,9 @@ impl<'a> Seen<'a> {
     /// Any [`Class`] but [`Class::Passed`] and [`Class::Dropped`].
     #[inline(always)]
     pub fn of<P: Packet + ?Sized>(packet: &P, settings: &'a Settings) -> Result<Self, Class> {
+        if is_surely_no_answer(packet) {
+            return Err(Class::NotDns);
+        }
         let datagram = match Datagram::parse(packet) {
             Ok(datagram) => datagram,
             Err(Unparsed::Fragment) => return Err(Class::Fragment),

@@ -387,7 +387,7 @@ impl Ip {
 }
 
 #[inline(always)]
-fn is_extension(protocol: u8) -> bool {
+pub(super) fn is_extension(protocol: u8) -> bool {
     matches!(
         protocol,
         protocol::HOP_BY_HOP

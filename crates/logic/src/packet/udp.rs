@@ -3,8 +3,10 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned, network_endian::U16};
 
 use super::{
-    Packet, Short, Unparsed, bytes_before, header,
-    ip::{Fragment, Ip, protocol},
+    Packet, Short, Unparsed, bytes_before,
+    ethernet::{Ethernet, ether_type},
+    header,
+    ip::{Fragment, Ip, Ipv4, Ipv6, is_extension, protocol},
 };
 
 /// The UDP header.
@@ -91,6 +93,50 @@ impl Udp {
         offset: usize,
     ) -> Result<[u8; N], Short> {
         bytes_before(packet, self.payload_at(), offset, self.end)
+    }
+}
+
+/// What a look at the places where nearly every packet has its headers tells, for the
+/// programs that meet all traffic and want little of it. Where it tells something,
+/// [`Datagram::parse`] finds no other ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Glance {
+    /// No UDP.
+    Other,
+    /// UDP with these ports, if it is not cut or malformed behind them.
+    Udp { source_port: u16, destination_port: u16 },
+    /// It takes parsing: VLAN tags, options, extension headers, fragments but the first,
+    /// or something else than IP.
+    Unclear,
+}
+
+impl Glance {
+    #[inline(always)]
+    pub fn at<P: Packet + ?Sized>(packet: &P) -> Self {
+        Self::read(packet).unwrap_or(Self::Unclear)
+    }
+
+    #[inline(always)]
+    fn read<P: Packet + ?Sized>(packet: &P) -> Result<Self, Short> {
+        let (protocol, transport) = match Ethernet::read(packet, 0)?.ether_type.get() {
+            ether_type::IPV4 => {
+                let ip = Ipv4::read(packet, Ethernet::LEN)?;
+                if ip.header_length() != Ipv4::LEN || ip.fragment_offset() != 0 {
+                    return Ok(Self::Unclear);
+                }
+                (ip.protocol, Ethernet::LEN + Ipv4::LEN)
+            }
+            ether_type::IPV6 => (Ipv6::read(packet, Ethernet::LEN)?.next_header, Ethernet::LEN + Ipv6::LEN),
+            _ => return Ok(Self::Unclear),
+        };
+        if protocol != protocol::UDP {
+            return Ok(if is_extension(protocol) { Self::Unclear } else { Self::Other });
+        }
+        let header = Header::read(packet, transport)?;
+        Ok(Self::Udp {
+            source_port: header.source_port.get(),
+            destination_port: header.destination_port.get(),
+        })
     }
 }
 

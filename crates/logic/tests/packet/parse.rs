@@ -12,7 +12,7 @@ use underpass_logic::packet::{
     icmp::Quote,
     ip::{Address, Fragment, Ip, Ipv4, Version},
     tcp::Tcp,
-    udp::{Datagram, Udp},
+    udp::{Datagram, Glance, Udp},
 };
 
 use crate::frames;
@@ -39,6 +39,31 @@ proptest! {
     fn icmp_errors_give_the_ports_that_they_quote(outer in frames::frame(), inner in frames::frame(), cut in 0..80usize) {
         quote(&outer, &inner, cut)?;
     }
+
+    #[test]
+    fn a_glance_tells_nothing_else_than_parsing_does(frame in prop_oneof![frames::frame(), frames::mutated()]) {
+        glance(&frame)?;
+    }
+}
+
+fn glance(bytes: &[u8]) -> Result<(), TestCaseError> {
+    let glance = Glance::at(bytes);
+    match Datagram::parse(bytes) {
+        Ok(Datagram { udp: Udp { source_port, destination_port, .. }, .. }) => {
+            let same = glance == Glance::Udp { source_port, destination_port };
+            prop_assert!(
+                same || glance == Glance::Unclear,
+                "{glance:?}, not {source_port} to {destination_port}"
+            );
+        }
+        Err(Unparsed::Fragment) => prop_assert_eq!(glance, Glance::Unclear),
+        Err(Unparsed::OtherProtocol) => {
+            let is_udp = matches!(glance, Glance::Udp { .. });
+            prop_assert!(!is_udp);
+        }
+        Err(Unparsed::Short | Unparsed::Malformed | Unparsed::NotIp) => {}
+    }
+    Ok(())
 }
 
 fn agree(bytes: &[u8]) -> Result<(), TestCaseError> {
