@@ -89,22 +89,23 @@ step("a connection of a moment is shown with all its bytes", async () => {
 });
 
 step("the map draws the place in the colour of its process", async () => {
-  const label = await page.locator("#map").getAttribute("aria-label");
-  ensure(label === "World map: 1 places, most traffic with London, United Kingdom", label);
+  await eventually("the map tells of one place", async () => {
+    const label = await page.locator("#map").getAttribute("aria-label");
+    return label === "World map: 1 places, most traffic with London, United Kingdom";
+  });
   await page.locator("#map").focus();
   await page.keyboard.press("ArrowRight");
   const told = await text("#tip");
   ensure(told.includes("London, United Kingdom") && told.includes("curl"), told);
-  const drawn = await page.evaluate(() => {
+  await eventually("the dot is drawn", () => page.evaluate(() => {
     const canvas = document.querySelector("#map canvas");
     const rgb = getComputedStyle(document.querySelector("#tip .swatch")).backgroundColor.match(/\d+/g).map(Number);
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     let found = 0;
     for (let at = 0; at < data.length; at += 4)
       if (rgb.every((value, channel) => Math.abs(data[at + channel] - value) < 40)) found += 1;
-    return found;
-  });
-  ensure(drawn > 60, `the dot has ${drawn} pixels`);
+    return found > 60;
+  }));
   await page.keyboard.press("Enter");
   ensure((await page.locator("#filter").inputValue()).includes('place:"London, United Kingdom"'), "Enter filters by the place");
   await page.locator("#map").blur();
@@ -246,8 +247,10 @@ step("Prometheus reads the metrics, and the board for Grafana asks for what is t
     ensure(prometheus.exitCode === null, `prometheus has ended: ${prometheus.said}`);
     return get(`query?query=${encodeURIComponent(scraped)}`).then(({ result }) => result.length, () => false);
   });
-  const { activeTargets } = await get("targets");
-  ensure(activeTargets[0].health === "up" && activeTargets[0].lastError === "", JSON.stringify(activeTargets));
+  await eventually("the target is well", async () => {
+    const { activeTargets } = await get("targets");
+    return activeTargets[0].health === "up" && activeTargets[0].lastError === "";
+  });
   const metadata = await get("metadata");
   for (const [name, type] of [["underpass_watch_connections_open", "gauge"], ["underpass_watch_lost", "counter"], ["underpass_watch_received_bytes", "counter"]]) {
     const [{ type: told, help } = {}] = metadata[name] ?? metadata[`${name}_total`] ?? [];
@@ -267,8 +270,10 @@ step("Prometheus reads the metrics, and the board for Grafana asks for what is t
     ensure(panel.targets.length > 0, `${panel.title} asks for nothing`);
     for (const { expr, legendFormat } of panel.targets) {
       const query = expr.replace(/\$\w+/g, (word) => fill[word]);
-      const { result } = await get(`query?query=${encodeURIComponent(query)}`);
-      ensure(result.length > 0, `${panel.title}: nothing for ${query}`);
+      const result = await eventually(`${panel.title} shows something for ${query}`, async () => {
+        const { result } = await get(`query?query=${encodeURIComponent(query)}`);
+        return result.length > 0 && result;
+      });
       for (const [, label] of legendFormat.matchAll(/{{(\w+)}}/g))
         ensure(result.every(({ metric }) => label in metric), `${panel.title}: no label ${label}`);
     }
