@@ -90,7 +90,9 @@ fn findings(tables: &[Table]) -> Vec<String> {
     if let Some(nft) = tables.last().and_then(|table| table.median("nft, netdev ingress", PPS))
         && nft > 0.0
     {
-        for row in ["underpass, native XDP", "underpass, generic XDP", "underpass, TC"] {
+        for row in
+            ["bare XDP_DROP, native", "underpass, native XDP", "underpass, generic XDP", "underpass, TC"]
+        {
             if let Some(ours) = tables.last().and_then(|table| table.median(row, PPS)) {
                 findings.push(format!("{row}: {:.1} times what nft drops at netdev ingress", ours / nft));
             }
@@ -126,6 +128,8 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Dropper {
     Nobody,
+    /// A program that drops whatever comes: nothing here is faster.
+    Bare,
     Xdp(XdpMode),
     Tc,
     NftIngress,
@@ -137,6 +141,7 @@ impl fmt::Display for Dropper {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
             Self::Nobody => "nobody",
+            Self::Bare => "bare XDP_DROP, native",
             Self::Xdp(XdpMode::Driver) => "underpass, native XDP",
             Self::Xdp(_) => "underpass, generic XDP",
             Self::Tc => "underpass, TC",
@@ -150,6 +155,7 @@ impl fmt::Display for Dropper {
 fn drops(args: &Args) -> Result<Table> {
     let droppers = [
         Dropper::Nobody,
+        Dropper::Bare,
         Dropper::Xdp(XdpMode::Driver),
         Dropper::Xdp(XdpMode::Skb),
         Dropper::Tc,
@@ -228,13 +234,16 @@ impl Guard {
         };
         match dropper {
             Dropper::Nobody => {}
+            Dropper::Bare => {
+                guard.object = Some(attach_xdp(
+                    receiver,
+                    Ebpf::load(object::PACKET)?,
+                    "packet_bare_drop_xdp",
+                    XdpMode::Driver,
+                )?);
+            }
             Dropper::Xdp(mode) => {
-                let mut object = default_guard()?;
-                let program: &mut Xdp =
-                    object.program_mut("dnsguard_xdp").context("no dnsguard_xdp")?.try_into()?;
-                program.load()?;
-                receiver.enter(|| program.attach("in0", mode))?;
-                guard.object = Some(object);
+                guard.object = Some(attach_xdp(receiver, default_guard()?, "dnsguard_xdp", mode)?);
             }
             Dropper::Tc => {
                 let mut object = default_guard()?;
@@ -288,6 +297,11 @@ impl Guard {
                     text.lines().filter(|line| line.starts_with("Ip:")).nth(1).context("no Ip line")?;
                 Ok(line.split_whitespace().nth(3).context("no InReceives")?.parse()?)
             }
+            Dropper::Bare => {
+                let text = command(receiver, "ethtool", &["-S", "in0"])?;
+                let drops = text.lines().filter_map(|line| line.trim().split_once("xdp_drops: "));
+                drops.map(|(_, count)| Ok(count.parse::<f64>()?)).sum()
+            }
             Dropper::Xdp(_) | Dropper::Tc => {
                 let object = self.object.as_ref().context("nothing is attached")?;
                 let map: PerCpuArray<_, Counters> =
@@ -308,6 +322,13 @@ impl Guard {
             }
         }
     }
+}
+
+fn attach_xdp(receiver: &Namespace, mut object: Ebpf, name: &str, mode: XdpMode) -> Result<Ebpf> {
+    let program: &mut Xdp = object.program_mut(name).context("no such program")?.try_into()?;
+    program.load()?;
+    receiver.enter(|| program.attach("in0", mode))?;
+    Ok(object)
 }
 
 fn default_guard() -> Result<Ebpf> {
