@@ -14,6 +14,8 @@ use nix::{
 use serde_json::Value;
 use underpass::lab::Namespace;
 
+use crate::kit::eventually;
+
 /// A running `underpass watch --json`.
 pub struct Watch {
     child: Child,
@@ -149,6 +151,12 @@ fn what_was_open_before_is_listed_with_its_process() {
     theirs.read_exact(&mut [0; 10]).unwrap();
     let remote = ours.peer_addr().unwrap().to_string();
     drop((ours, theirs));
+    eventually("both ends are closed", || {
+        let sockets = namespace.enter(|| std::fs::read_to_string("/proc/thread-self/net/tcp6")).unwrap();
+        let mut states = sockets.lines().skip(1).filter_map(|line| line.split_whitespace().nth(3));
+        // TIME_WAIT (include/net/tcp_states.h): the connection is over.
+        states.all(|state| state == "06")
+    });
     let (lines, _) = watch.end();
     let found = select(&lines, &namespace, "connect");
     assert_eq!(found.len(), 2, "{lines:#?}");
