@@ -182,10 +182,10 @@ async fn messages(args: &Args, plan: Plan) -> Result<()> {
     let most = (2 * raise_descriptor_limit() / (1 + plan.backends.len())).max(1);
     let front = Front::new(args.connections.clone(), most);
     let listener = Arc::new(listen(&args.listen).await?);
-    let address = announce(&listener, "message", "not used: messages are sorted in this process")?;
-    let messages = Messages::new(plan, Arc::clone(&front));
     let watched = readable(Arc::clone(&listener)).context("cannot watch the listener")?;
     let (threads, next) = (threads()?, AtomicUsize::new(0));
+    let address = announce(&listener, "message", "not used: messages are sorted in this process")?;
+    let messages = Messages::new(plan, Arc::clone(&front));
     let accept = front.accept_all(&watched, |client| {
         let thread = &threads[next.fetch_add(1, Relaxed) % threads.len()];
         drop(thread.spawn(Arc::clone(&messages).serve(client)));

@@ -53,28 +53,37 @@ fn hello(name: &str, alpn: &str, padding: usize, record: usize) -> Vec<u8> {
     handshake.chunks(record).flat_map(|part| [&[22, 3, 1][..], &prefixed(part)].concat()).collect()
 }
 
-/// What a real client sends first.
-fn captured_hello(host: &Namespace, name: &str) -> Vec<u8> {
+/// What a real client sends first, started with where to connect to.
+fn captured_hello(host: &Namespace, client: impl FnOnce(u16) -> Command) -> Vec<u8> {
     let listener = host.enter(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let mut client = host
-        .spawn(
-            Command::new("openssl")
-                .args(["s_client", "-connect", &format!("127.0.0.1:{port}"), "-servername", name])
-                .args(["-alpn", "h2,http/1.1"])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null()),
-        )
-        .unwrap();
+    let mut client = client(listener.local_addr().unwrap().port());
+    let client = client.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut client = host.spawn(client).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     let mut header = [0; 5];
     stream.read_exact(&mut header).unwrap();
     let mut record = vec![0; usize::from(u16::from_be_bytes([header[3], header[4]]))];
     stream.read_exact(&mut record).unwrap();
-    drop(stream);
+    drop((stream, listener));
     client.wait().unwrap();
     [&header[..], &record].concat()
+}
+
+fn s_client(name: &str, port: u16) -> Command {
+    let mut command = Command::new("openssl");
+    command.args(["s_client", "-connect", &format!("127.0.0.1:{port}"), "-servername", name]);
+    command.args(["-alpn", "h2,http/1.1"]);
+    command
+}
+
+/// A browser that prints a page of a name in `.example`, all of which are this host.
+fn browser(folder: &Folder, name: &str, port: u16) -> Command {
+    let mut command = Command::new("chromium");
+    command.args(["--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server"]);
+    command.args(["--host-resolver-rules=MAP *.example 127.0.0.1", "--ignore-certificate-errors"]);
+    command.args([&format!("--user-data-dir={}", folder.path("browser")), "--dump-dom"]);
+    command.arg(format!("https://{name}:{port}/"));
+    command
 }
 
 #[test]
@@ -176,13 +185,14 @@ fn documented_cases_of_sslh_and_haproxy_reach_their_services() {
 
 #[test]
 fn a_client_hello_cut_at_every_byte_reaches_its_service() {
-    let host = host();
+    let (host, folder) = (host(), Folder::new("mux-hello"));
     let (right, wrong) = (service(&host, "right").to_string(), service(&host, "wrong").to_string());
-    let route = format!("sni:www.example.org={right}");
+    let route = format!("sni:www.example={right}");
     let (_mux, to) = listen(&host, &["--route", &route, "--default", &wrong]);
-    let real = captured_hello(&host, "www.example.org");
-    assert!(real.len() > 200);
-    for hello in [real, hello("www.example.org", "h2", 0, 500)] {
+    let openssl = captured_hello(&host, |port| s_client("www.example", port));
+    let chromium = captured_hello(&host, |port| browser(&folder, "www.example", port));
+    assert!(chromium.len() > 1500, "a key share of ML-KEM-768 alone has 1184 bytes: {}", chromium.len());
+    for hello in [openssl, chromium, hello("www.example", "h2", 0, 500)] {
         for at in 1..hello.len() {
             let pieces = hello.split_at(at);
             let pieces = [pieces.0, pieces.1];
@@ -348,7 +358,7 @@ fn nginx(host: &Namespace, folder: &Folder) -> Daemon {
 
 #[test]
 fn real_servers_and_clients_share_one_port() {
-    let (host, folder) = (host(), Folder::new("mux"));
+    let (host, folder) = (host(), Folder::new("mux-servers"));
     certificate(&folder, "one.example");
     certificate(&folder, "two.example");
     let _nginx = nginx(&host, &folder);
@@ -385,6 +395,10 @@ fn real_servers_and_clients_share_one_port() {
     assert_eq!(curl(&format!("https://one.example:{port}/"), &[]), "site one.example\n");
     assert_eq!(curl(&format!("https://two.example:{port}/"), &["--http1.1"]), "site two.example\n");
     assert_eq!(curl(&format!("http://plain.example:{port}/"), &[]), "plain plain.example\n");
+    for name in ["one.example", "two.example"] {
+        let page = output(&host, &mut browser(&folder, name, port));
+        assert!(page.contains(&format!("site {name}")), "{page}");
+    }
     let s_client = |more: &[&str]| {
         let mut command = Command::new("openssl");
         command.args(["s_client", "-connect", &to.to_string()]).args(more).stdin(Stdio::null());
