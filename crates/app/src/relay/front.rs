@@ -246,13 +246,14 @@ impl Front {
             choice,
             idle: self.args.idle_timeout,
             done: Box::new(move |report| {
+                // First, so that who reads that it has ended finds its seat free.
+                drop(seat);
                 front.counts.add(&report);
                 if front.args.log_connections {
                     report::log(peer, &name, &report, begun.elapsed());
                 } else if let End::Unreachable(error) = &report.end {
                     front.tell_unreached(peer, &name, error, begun);
                 }
-                drop(seat);
             }),
         }
     }

@@ -149,6 +149,7 @@ pub fn connect(from: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
 
 /// Accepts a connection, with deadlines on this and on what comes after.
 pub fn accept(listener: &TcpListener) -> TcpStream {
+    patient(listener);
     let (stream, _) = listener.accept().unwrap_or_else(|e| panic!("no connection came: {e}"));
     patient(&stream);
     stream.set_nodelay(true).unwrap();
