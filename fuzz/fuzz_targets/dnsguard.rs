@@ -38,24 +38,14 @@ impl Memory for One {
         self.query = query;
     }
 
-    fn learned(&self, slot: usize) -> Learned {
+    fn learned(&mut self, slot: usize) -> Option<&mut Learned> {
         assert!(slot < RESOLVER_SLOTS);
-        self.learned
+        Some(&mut self.learned)
     }
 
-    fn set_learned(&mut self, slot: usize, learned: Learned) {
-        assert!(slot < RESOLVER_SLOTS);
-        self.learned = learned;
-    }
-
-    fn answered(&self, slot: usize) -> Answered {
+    fn answered(&mut self, slot: usize) -> Option<&mut Answered> {
         assert!(slot < MEMORY_SLOTS);
-        self.answered
-    }
-
-    fn set_answered(&mut self, slot: usize, answered: Answered) {
-        assert!(slot < MEMORY_SLOTS);
-        self.answered = answered;
+        Some(&mut self.answered)
     }
 }
 

@@ -48,29 +48,15 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
-    fn learned(&self, slot: usize) -> Learned {
-        self.learned.get(slot as u32).copied().unwrap_or(Learned::EMPTY)
+    fn learned(&mut self, slot: usize) -> Option<&mut Learned> {
+        // SAFETY: a value of the map. Two CPUs may mix theirs: the next answers mend it.
+        self.learned.get_ptr_mut(slot as u32).map(|value| unsafe { &mut *value })
     }
 
     #[inline(always)]
-    fn set_learned(&mut self, slot: usize, learned: Learned) {
-        if let Some(value) = self.learned.get_ptr_mut(slot as u32) {
-            // SAFETY: a value of the map. Two CPUs may mix theirs: the next answers mend it.
-            unsafe { *value = learned };
-        }
-    }
-
-    #[inline(always)]
-    fn answered(&self, slot: usize) -> Answered {
-        self.answered.get(slot as u32).copied().unwrap_or(Answered::EMPTY)
-    }
-
-    #[inline(always)]
-    fn set_answered(&mut self, slot: usize, answered: Answered) {
-        if let Some(value) = self.answered.get_ptr_mut(slot as u32) {
-            // SAFETY: a value of the map. Two CPUs may mix theirs, which hides a duplicate.
-            unsafe { *value = answered };
-        }
+    fn answered(&mut self, slot: usize) -> Option<&mut Answered> {
+        // SAFETY: a value of the map. Two CPUs may mix theirs, which hides a duplicate.
+        self.answered.get_ptr_mut(slot as u32).map(|value| unsafe { &mut *value })
     }
 }
 

@@ -8,9 +8,9 @@
 //!   and then splits or hoists the comparison: "invalid access to packet, off=0
 //!   size=1, R1(id=1,off=0,r=0)". Without the mask, 5.10 and 6.1 say "math between
 //!   pkt pointer and register with unbounded min value is not allowed".
-//! - [`Packet::forget`] makes an offset unknown again. Without it the verifier
-//!   follows every combination of header lengths on its own: "BPF program is too
-//!   large. Processed 1000001 insn".
+//! - [`Packet::forget`] makes an offset unknown again, by a 0 that the verifier does not
+//!   know to be one. Without it the verifier follows every combination of header lengths
+//!   on its own: "BPF program is too large. Processed 1000001 insn".
 //! - Loads of 2, 4 and 8 bytes are `asm!` too: packets are not aligned, and from
 //!   Rust LLVM would load byte by byte. They are `pure`, so what is not used is
 //!   not loaded.
@@ -41,7 +41,8 @@ pub struct XdpPacket {
 impl XdpPacket {
     #[inline(always)]
     pub fn new(ctx: XdpContext) -> Self {
-        let bytes = Linear { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.rx_queue_index() };
+        let (data, data_end) = (ctx.data(), ctx.data_end());
+        let bytes = Linear { data, data_end, zero: unknown_zero(ctx.rx_queue_index()) };
         Self { ctx, bytes }
     }
 
@@ -67,7 +68,7 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn forget(&self, at: usize) -> usize {
-        forget(at, self.bytes.unknown)
+        forget(at, self.bytes.zero)
     }
 }
 
@@ -81,19 +82,18 @@ impl PacketMut for XdpPacket {
     }
 }
 
-/// Where a packet's bytes are, as long as no helper moves them, and a number that the
-/// verifier does not know. Read from the context once: it is read anew at each access
-/// otherwise.
+/// Where a packet's bytes are, as long as no helper moves them, and an [`unknown_zero`].
+/// Read from the context once: it is read anew at each access otherwise.
 struct Linear {
     data: usize,
     data_end: usize,
-    unknown: u32,
+    zero: usize,
 }
 
 impl Linear {
     #[inline(always)]
     fn of(ctx: &TcContext) -> Self {
-        Self { data: ctx.data(), data_end: ctx.data_end(), unknown: ctx.len() }
+        Self { data: ctx.data(), data_end: ctx.data_end(), zero: unknown_zero(ctx.len()) }
     }
 
     #[inline(always)]
@@ -107,6 +107,7 @@ impl Linear {
 /// A packet in TC, of which any part may be behind the linear one.
 pub struct TcPacket {
     ctx: TcContext,
+    zero: usize,
 }
 
 /// A packet in TC, of which the linear part alone is read: what is behind it counts as
@@ -120,7 +121,7 @@ impl LinearPacket {
     /// The packet, made linear up to `bytes` first if it is not and if `wanted` says so.
     #[inline(always)]
     pub fn new(ctx: TcContext, bytes: u32, wanted: impl FnOnce(&TcPacket) -> bool) -> Self {
-        let packet = TcPacket { ctx };
+        let packet = TcPacket::new(ctx);
         let linear = packet.ctx.data_end() - packet.ctx.data();
         if linear < packet.len().min(bytes as usize) && wanted(&packet) {
             // If it fails the packet stays as it is, and what is missing counts as cut.
@@ -157,7 +158,7 @@ impl Packet for LinearPacket {
 
     #[inline(always)]
     fn forget(&self, at: usize) -> usize {
-        forget(at, self.bytes.unknown)
+        forget(at, self.bytes.zero)
     }
 }
 
@@ -196,7 +197,7 @@ impl PacketMut for LinearPacket {
 impl TcPacket {
     #[inline(always)]
     pub fn new(ctx: TcContext) -> Self {
-        Self { ctx }
+        Self { zero: unknown_zero(ctx.len()), ctx }
     }
 
     /// The interface that the packet came in on or leaves by.
@@ -245,7 +246,7 @@ impl Packet for TcPacket {
 
     #[inline(always)]
     fn forget(&self, at: usize) -> usize {
-        forget(at, self.ctx.len())
+        forget(at, self.zero)
     }
 }
 
@@ -344,18 +345,34 @@ fn pointer<const N: usize>(data: usize, data_end: usize, at: usize) -> Result<*m
     Ok(core::ptr::with_exposed_provenance_mut(start))
 }
 
-/// `at`, which is the same after two XORs with the same value: one that the verifier
-/// does not know.
+/// 0, which the verifier does not know of a number's XOR with a copy of itself, if it does
+/// not know the number.
 #[inline(always)]
-pub fn forget(at: usize, unknown: u32) -> usize {
+pub fn unknown_zero(unknown: u32) -> usize {
+    let zero;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!(
+            "{zero} = {unknown}",
+            "{zero} ^= {unknown}",
+            zero = out(reg) zero,
+            unknown = in(reg) u64::from(unknown),
+            options(pure, nomem, nostack),
+        );
+    }
+    zero
+}
+
+/// `at` itself, of which the verifier knows nothing any more.
+#[inline(always)]
+pub fn forget(at: usize, zero: usize) -> usize {
     let mut at = at;
     // SAFETY: arithmetic on registers.
     unsafe {
         asm!(
-            "{at} ^= {unknown}",
-            "{at} ^= {unknown}",
+            "{at} ^= {zero}",
             at = inout(reg) at,
-            unknown = in(reg) u64::from(unknown),
+            zero = in(reg) zero,
             options(pure, nomem, nostack),
         );
     }
@@ -392,8 +409,8 @@ unsafe fn load<const N: usize>(from: *const u8) -> [u8; N] {
             }
         )*};
     }
-    if N == 16 {
-        step!(8, "u64", u64, 0 8);
+    if N == 16 || N == 32 {
+        step!(8, "u64", u64, 0 8 16 24);
     } else if N == 8 {
         step!(8, "u64", u64, 0);
     } else if N == 4 {

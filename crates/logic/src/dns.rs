@@ -67,8 +67,8 @@ struct RecordHeader {
 }
 header!(RecordHeader, 10);
 
-/// The most labels that a name can have: 255 bytes, two a label, one for the root.
-const MAX_LABELS: usize = 127;
+/// The most labels that a name can have, with the root's: 255 bytes, two for each other.
+const MAX_LABELS: usize = 128;
 
 /// Where a name ends, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl Name {
         let mut at = from;
         let mut length = first;
         let first = packet.forget(usize::from(first)) as u8;
-        for _ in 0..=MAX_LABELS {
+        for _ in 0..MAX_LABELS {
             match length {
                 0 => return Ok(Self { end: packet.forget(at + 1), first }),
                 1..=63 => at = packet.forget(at + 1 + usize::from(length)),

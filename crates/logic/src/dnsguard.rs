@@ -33,14 +33,10 @@ pub trait Memory {
     fn query(&self, slot: usize) -> u64;
     /// Remembers a query.
     fn set_query(&mut self, slot: usize, query: u64);
-    /// What was learned of the resolver in a slot.
-    fn learned(&self, slot: usize) -> Learned;
-    /// Remembers what was learned.
-    fn set_learned(&mut self, slot: usize, learned: Learned);
-    /// The last answer in a slot.
-    fn answered(&self, slot: usize) -> Answered;
-    /// Remembers an answer.
-    fn set_answered(&mut self, slot: usize, answered: Answered);
+    /// What was learned of the resolver in a slot, to look at and to change.
+    fn learned(&mut self, slot: usize) -> Option<&mut Learned>;
+    /// The last answer in a slot, to look at and to change.
+    fn answered(&mut self, slot: usize) -> Option<&mut Answered>;
 }
 
 /// What became of a packet, and why.
@@ -72,9 +68,7 @@ pub fn note_query<P: Packet + ?Sized, M: Memory>(packet: &P, settings: &Settings
         return false;
     }
     let ip = &datagram.ip;
-    let (Ok(source), Ok(destination)) = (ip.source_words(packet), ip.destination_words(packet)) else {
-        return false;
-    };
+    let Ok((source, destination)) = ip.endpoints(packet) else { return false };
     if guarded(settings, destination, slot_of(settings, destination)).is_none() {
         return false;
     }
@@ -96,7 +90,8 @@ pub fn suffices(rules: u32, resolver: &Resolver) -> bool {
 /// The slot of a resolver's address in [`Settings::resolvers`] and in what is learned.
 #[inline(always)]
 pub fn slot_of(settings: &Settings, [high, low]: Words) -> usize {
-    (mix(mix(settings.hash_seed, high), low) >> 56) as usize % RESOLVER_SLOTS
+    let word = low ^ high.wrapping_mul(ODD);
+    (word.wrapping_mul(settings.hash_seed | 1) >> 56) as usize % RESOLVER_SLOTS
 }
 
 #[inline(always)]
@@ -122,6 +117,7 @@ fn is_surely_no_answer<P: Packet + ?Sized>(packet: &P) -> bool {
 pub struct Seen<'a> {
     datagram: Datagram,
     source: Words,
+    destination: Words,
     slot: usize,
     resolver: &'a Resolver,
     header: dns::Header,
@@ -148,7 +144,7 @@ impl<'a> Seen<'a> {
         if datagram.udp.source_port != PORT {
             return Err(Class::NotDns);
         }
-        let source = datagram.ip.source_words(packet).map_err(|Short| Class::NotDns)?;
+        let (source, destination) = datagram.ip.endpoints(packet).map_err(|Short| Class::NotDns)?;
         let slot = slot_of(settings, source);
         let resolver = guarded(settings, source, slot).ok_or(Class::OtherServer)?;
         if datagram.ip.fragment != Fragment::Whole {
@@ -156,7 +152,7 @@ impl<'a> Seen<'a> {
         }
         let message = datagram.udp.payload_at();
         let header = match dns::Header::read(packet, message) {
-            Ok(header) if datagram.udp.payload_length() >= dns::Header::LEN => header,
+            Ok(header) if message + dns::Header::LEN <= datagram.udp.end => header,
             Ok(_) | Err(Short) => return Err(Class::Unparsed),
         };
         let flags = header.flags.get();
@@ -173,7 +169,7 @@ impl<'a> Seen<'a> {
         }
         let answer = SingleAnswer::parse(packet, &header, message, datagram.udp.end)
             .map_err(|dns::Malformed| Class::Unparsed)?;
-        Ok(Self { datagram, source, slot, resolver, header, answer })
+        Ok(Self { datagram, source, destination, slot, resolver, header, answer })
     }
 
     /// Judges the answer, and learns from it if it can be trusted.
@@ -242,7 +238,7 @@ impl<'a> Seen<'a> {
         }
         hits = forgotten(hits);
         if on(rule::NO_EDNS | rule::DUPLICATE) {
-            hits = forgotten(hits | self.exchange_hits(packet, settings, memory)?);
+            hits = forgotten(hits | self.exchange_hits(packet, settings, memory));
         }
         for (nth, pattern) in settings.patterns.iter().enumerate().take(MAX_PATTERNS) {
             if nth >= settings.pattern_count as usize {
@@ -263,10 +259,10 @@ impl<'a> Seen<'a> {
         packet: &P,
         settings: &Settings,
         memory: &mut M,
-    ) -> Result<u32, Short> {
+    ) -> u32 {
         let mut hits = 0;
-        let client = self.datagram.ip.destination_words(packet)?;
-        let key = exchange(client, self.datagram.udp.destination_port, self.source, self.header.id.get());
+        let key =
+            exchange(self.destination, self.datagram.udp.destination_port, self.source, self.header.id.get());
         let slot = memory_slot(key);
         if self.answer.opt == Opt::Absent && memory.query(slot) == key | 1 {
             hits |= rule::NO_EDNS;
@@ -274,14 +270,14 @@ impl<'a> Seen<'a> {
         if settings.enabled & rule::DUPLICATE != 0 {
             let now = memory.now();
             let answer = self.fingerprint(packet);
-            let before = memory.answered(slot);
-            if before.key != key || now.saturating_sub(before.at) > settings.duplicate_window_ns {
-                memory.set_answered(slot, Answered { key, answer, at: now });
+            let Some(before) = memory.answered(slot) else { return hits };
+            if before.key != key || now > before.at.wrapping_add(settings.duplicate_window_ns) {
+                *before = Answered { key, answer, at: now };
             } else if before.answer != answer {
                 hits |= rule::DUPLICATE;
             }
         }
-        Ok(hits)
+        hits
     }
 
     /// A hash of what is answered: of an address all of it, else the record's start.
@@ -295,46 +291,49 @@ impl<'a> Seen<'a> {
             }
             (false, false) => [0, 0],
         };
-        mix(mix(kind, data[0]), data[1])
+        mix(kind.wrapping_mul(ODD) ^ data[0].rotate_left(17), data[1])
     }
 
     #[inline(always)]
-    fn ttl_deviates<M: Memory>(&self, settings: &Settings, memory: &M) -> bool {
-        let learned = memory.learned(self.slot);
-        learned.address == self.source
-            && learned.answers >= TRUSTED_ANSWERS
-            && deviates(&learned, self.datagram.ip.hop_limit, settings)
-            && memory.now().saturating_sub(learned.at) <= settings.ttl_remember_ns
+    fn ttl_deviates<M: Memory>(&self, settings: &Settings, memory: &mut M) -> bool {
+        let Some(learned) = memory.learned(self.slot) else { return false };
+        if learned.answers < TRUSTED_ANSWERS || self.agrees(learned, settings) {
+            return false;
+        }
+        let (address, at) = (learned.address, learned.at);
+        address == self.source && memory.now() <= at.saturating_add(settings.ttl_remember_ns)
+    }
+
+    /// Whether the answer has the hop limit that was learned.
+    #[inline(always)]
+    fn agrees(&self, learned: &Learned, settings: &Settings) -> bool {
+        learned.hop_limit.abs_diff(u32::from(self.datagram.ip.hop_limit)) <= settings.ttl_tolerance
     }
 
     /// Learns from a trusted answer. One that agrees is only noted now and then, as
     /// reading the clock costs more than all else here.
     #[inline(always)]
     fn learn<M: Memory>(&self, settings: &Settings, memory: &mut M) {
-        let hop_limit = self.datagram.ip.hop_limit;
-        let mut learned = memory.learned(self.slot);
-        let same_resolver = learned.address == self.source;
-        if same_resolver && !deviates(&learned, hop_limit, settings) {
-            learned.answers = learned.answers.saturating_add(1);
-            if learned.answers <= TRUSTED_ANSWERS || learned.answers.is_multiple_of(16) {
-                learned.at = memory.now();
+        let answers = match memory.learned(self.slot) {
+            Some(learned) if learned.address == self.source && self.agrees(learned, settings) => {
+                learned.answers = learned.answers.saturating_add(1);
+                learned.answers
             }
-        } else {
-            // With `any`, resolvers may share a slot: the later one has it.
-            learned = Learned {
-                address: self.source,
-                at: memory.now(),
-                answers: 1,
-                hop_limit: u32::from(hop_limit),
-            };
+            _ => 0,
+        };
+        if answers > TRUSTED_ANSWERS && !answers.is_multiple_of(16) {
+            return;
         }
-        memory.set_learned(self.slot, learned);
+        let at = memory.now();
+        let Some(learned) = memory.learned(self.slot) else { return };
+        if answers == 0 {
+            // With `any`, resolvers may share a slot: the later one has it.
+            let hop_limit = u32::from(self.datagram.ip.hop_limit);
+            *learned = Learned { address: self.source, at, answers: 1, hop_limit };
+        } else {
+            learned.at = at;
+        }
     }
-}
-
-#[inline(always)]
-fn deviates(learned: &Learned, hop_limit: u8, settings: &Settings) -> bool {
-    learned.hop_limit.abs_diff(u32::from(hop_limit)) > settings.ttl_tolerance
 }
 
 /// Whether a packet has a pattern's bytes; one that ends before has not.
@@ -365,8 +364,9 @@ fn matches<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, pattern: &Patter
 /// is 0, which no exchange is.
 #[inline(always)]
 fn exchange([a, b]: Words, port: u16, [c, d]: Words, id: u16) -> u64 {
-    let ports = u64::from(port) << 16 | u64::from(id) | 1 << 32;
-    (mix(mix(mix(mix(ports, a), b), c), d) | 1 << 63) & !1
+    let ports = u64::from(port) << 16 | u64::from(id);
+    let (client, server) = (mix(a.wrapping_mul(ODD) ^ ports, b), mix(c.wrapping_mul(ODD), d));
+    (mix(client, server) | 1 << 63) & !1
 }
 
 #[inline(always)]
@@ -378,6 +378,9 @@ fn memory_slot(key: u64) -> usize {
 /// who can at most make two exchanges share one.
 #[inline(always)]
 fn mix(hash: u64, word: u64) -> u64 {
-    let hash = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let hash = (hash ^ word).wrapping_mul(ODD);
     hash ^ (hash >> 32)
 }
+
+/// 2^64 divided by the golden ratio: an odd number whose bits look like chance.
+const ODD: u64 = 0x9e37_79b9_7f4a_7c15;

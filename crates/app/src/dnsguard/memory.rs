@@ -50,20 +50,12 @@ impl Memory for HostMemory {
         self.queries[slot] = query;
     }
 
-    fn learned(&self, slot: usize) -> Learned {
-        self.learned[slot]
+    fn learned(&mut self, slot: usize) -> Option<&mut Learned> {
+        self.learned.get_mut(slot)
     }
 
-    fn set_learned(&mut self, slot: usize, learned: Learned) {
-        self.learned[slot] = learned;
-    }
-
-    fn answered(&self, slot: usize) -> Answered {
-        self.answered[slot]
-    }
-
-    fn set_answered(&mut self, slot: usize, answered: Answered) {
-        self.answered[slot] = answered;
+    fn answered(&mut self, slot: usize) -> Option<&mut Answered> {
+        self.answered.get_mut(slot)
     }
 }
 

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use underpass_abi::dnsguard::{Answered, Counters, Learned, MAX_RANGES, RESOLVER_SLOTS, Range, Settings};
 use underpass_kernel::{
     dnsguard::guard,
-    packet::{XdpPacket, forget},
+    packet::{XdpPacket, forget, unknown_zero},
     settings,
 };
 use underpass_logic::{dnsguard::Memory, packet::ip::Address};
@@ -60,6 +60,7 @@ impl Memory for Alone {
     #[inline(always)]
     fn is_bogus(&self, address: Address) -> bool {
         let address = u128::from_be_bytes(address.0);
+        let zero = unknown_zero(address as u32);
         let ranges = settings!(RANGES);
         let (mut low, mut high) = (0, settings!(SETTINGS).range_count as usize);
         for _ in 0..=MAX_RANGES.ilog2() {
@@ -69,9 +70,9 @@ impl Memory for Alone {
             let middle = usize::midpoint(low, high);
             let range = &ranges[middle % MAX_RANGES];
             if address < join(range.first) {
-                high = forget(middle, address as u32);
+                high = forget(middle, zero);
             } else if address > join(range.last) {
-                low = forget(middle + 1, address as u32);
+                low = forget(middle + 1, zero);
             } else {
                 return true;
             }
@@ -88,25 +89,15 @@ impl Memory for Alone {
     fn set_query(&mut self, _slot: usize, _query: u64) {}
 
     #[inline(always)]
-    fn learned(&self, slot: usize) -> Learned {
-        LEARNED.get(slot as u32).copied().unwrap_or(Learned::EMPTY)
+    fn learned(&mut self, slot: usize) -> Option<&mut Learned> {
+        // SAFETY: a value of the map. Two CPUs may mix theirs: the next answers mend it.
+        LEARNED.get_ptr_mut(slot as u32).map(|value| unsafe { &mut *value })
     }
 
     #[inline(always)]
-    fn set_learned(&mut self, slot: usize, learned: Learned) {
-        if let Some(value) = LEARNED.get_ptr_mut(slot as u32) {
-            // SAFETY: a value of the map. Two CPUs may mix theirs: the next answers mend it.
-            unsafe { *value = learned };
-        }
+    fn answered(&mut self, _slot: usize) -> Option<&mut Answered> {
+        None
     }
-
-    #[inline(always)]
-    fn answered(&self, _slot: usize) -> Answered {
-        Answered::EMPTY
-    }
-
-    #[inline(always)]
-    fn set_answered(&mut self, _slot: usize, _answered: Answered) {}
 }
 
 #[inline(always)]

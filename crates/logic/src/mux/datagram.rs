@@ -3,12 +3,7 @@
 use underpass_abi::mux::{FALLBACK_DROP, FALLBACK_PASS, Flow, Table, counter};
 
 use super::table::{find, halves};
-use crate::packet::{
-    Packet, PacketMut, Short,
-    icmp::Quote,
-    ip::{Fragment, Ip},
-    udp::Datagram,
-};
+use crate::packet::{Packet, PacketMut, Short, icmp::Quote, ip::Fragment, udp::Datagram};
 
 /// What happens to a packet that comes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,13 +86,8 @@ fn whole_length<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<u
 /// None, for a packet that `datagram` was parsed from.
 #[inline(always)]
 pub fn flow_in<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, port: u16) -> Result<Flow, Short> {
-    Ok(Flow {
-        client: datagram.ip.source_words(packet)?,
-        local: datagram.ip.destination_words(packet)?,
-        client_port: datagram.udp.source_port,
-        service_port: port,
-        zero: 0,
-    })
+    let (client, local) = datagram.ip.endpoints(packet)?;
+    Ok(Flow { client, local, client_port: datagram.udp.source_port, service_port: port, zero: 0 })
 }
 
 /// The flow of a datagram that goes out.
@@ -106,9 +96,10 @@ pub fn flow_in<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, port: u16) -
 /// None, for a packet that `datagram` was parsed from.
 #[inline(always)]
 pub fn flow_out<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<Flow, Short> {
+    let (local, client) = datagram.ip.endpoints(packet)?;
     Ok(Flow {
-        client: datagram.ip.destination_words(packet)?,
-        local: datagram.ip.source_words(packet)?,
+        client,
+        local,
         client_port: datagram.udp.destination_port,
         service_port: datagram.udp.source_port,
         zero: 0,
@@ -121,12 +112,6 @@ pub fn flow_out<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Result<F
 /// [`Short`] if the packet is cut.
 #[inline(always)]
 pub fn flow_quoted<P: Packet + ?Sized>(packet: &P, quote: &Quote) -> Result<Flow, Short> {
-    let quoted: &Ip = &quote.ip;
-    Ok(Flow {
-        client: quoted.source_words(packet)?,
-        local: quoted.destination_words(packet)?,
-        client_port: quote.source_port,
-        service_port: quote.destination_port,
-        zero: 0,
-    })
+    let (client, local) = quote.ip.endpoints(packet)?;
+    Ok(Flow { client, local, client_port: quote.source_port, service_port: quote.destination_port, zero: 0 })
 }

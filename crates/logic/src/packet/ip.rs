@@ -356,34 +356,30 @@ impl Ip {
         })
     }
 
-    /// The source address in two words.
+    /// The source and the destination address, in two words each.
     ///
     /// # Errors
-    /// As [`Ip::source`].
+    /// None, for a packet that this was parsed from.
     #[inline(always)]
-    pub fn source_words<P: Packet + ?Sized>(&self, packet: &P) -> Result<Words, Short> {
-        self.words(packet, Ipv4::SOURCE, Ipv6::SOURCE)
-    }
-
-    /// The destination address in two words.
-    ///
-    /// # Errors
-    /// As [`Ip::destination`].
-    #[inline(always)]
-    pub fn destination_words<P: Packet + ?Sized>(&self, packet: &P) -> Result<Words, Short> {
-        self.words(packet, Ipv4::DESTINATION, Ipv6::DESTINATION)
-    }
-
-    #[inline(always)]
-    fn words<P: Packet + ?Sized>(&self, packet: &P, v4: usize, v6: usize) -> Result<Words, Short> {
+    pub fn endpoints<P: Packet + ?Sized>(&self, packet: &P) -> Result<(Words, Words), Short> {
         Ok(match self.version {
             Version::V4 => {
-                let [a, b, c, d] = packet.bytes(self.header + v4)?;
-                [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
+                let [source, destination] =
+                    zerocopy::transmute!(packet.bytes::<8>(self.header + Ipv4::SOURCE)?);
+                (mapped(source), mapped(destination))
             }
-            Version::V6 => Address(packet.bytes(self.header + v6)?).words(),
+            Version::V6 => {
+                let [source, destination] =
+                    zerocopy::transmute!(packet.bytes::<32>(self.header + Ipv6::SOURCE)?);
+                (source, destination)
+            }
         })
     }
+}
+
+#[inline(always)]
+fn mapped([a, b, c, d]: [u8; 4]) -> Words {
+    [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
 }
 
 #[inline(always)]
