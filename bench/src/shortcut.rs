@@ -7,9 +7,10 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use underpass::{
     lab::Namespace,
     shortcut::{
@@ -21,6 +22,7 @@ use underpass::{
 use underpass_abi::shortcut::HABIT_BLOCKS;
 
 use crate::{
+    load::pin,
     process::Process,
     report::{Args, Measure, Report, Table, number, percentile, rounds, say},
 };
@@ -44,9 +46,34 @@ impl std::fmt::Display for Subject {
 
 const SUBJECTS: [Subject; 3] = [Subject::Tcp, Subject::Shortcut, Subject::Unix];
 const SIZES: [usize; 5] = [64, 1 << 10, 16 << 10, 64 << 10, 1 << 20];
+/// What is measured of exchanges: title, note, how the ends read, and the CPU of both.
+const EXCHANGES: [(&str, &str, Style, Option<usize>); 4] = [
+    (
+        "Exchanges on one CPU, ends that poll",
+        "One message there and back at a time; both ends wait in poll(2), as event loops do. They share a CPU, as \
+         on a busy machine: no CPU that sleeps has to be woken for either, which here takes longer than all the rest.",
+        Style::Polls,
+        Some(0),
+    ),
+    (
+        "Exchanges on one CPU, ends that wait in recv",
+        "The same with sockets that block, which take `--accept-risk blocking-recv`.",
+        Style::Waits,
+        Some(0),
+    ),
+    (
+        "Exchanges, ends that poll",
+        "Each end is where the scheduler puts it: nearly always on a CPU of its own, which sleeps between messages.",
+        Style::Polls,
+        None,
+    ),
+    ("Exchanges, ends that wait in recv", "The same with sockets that block.", Style::Waits, None),
+];
 /// Exchanges before the times count: enough to be accelerated.
 const WARM: usize = 400;
 const REDIS: u16 = 6390;
+/// The one that shares a CPU with its client.
+const REDIS_ON_ONE: u16 = 6391;
 const NGINX: u16 = 8090;
 const POSTGRES: u16 = 5490;
 
@@ -55,8 +82,7 @@ struct Bench {
     namespace: Namespace,
     folder: PathBuf,
     quick: bool,
-    waits: Table,
-    polls: Table,
+    exchanges: [Table; EXCHANGES.len()],
     streams: Table,
     programs: Table,
 }
@@ -102,16 +128,7 @@ impl Bench {
             namespace: Namespace::new()?,
             folder,
             quick,
-            polls: table(
-                "Exchanges, ends that poll",
-                "One message there and back at a time; both ends wait in poll(2), as event loops do.",
-                times(),
-            ),
-            waits: table(
-                "Exchanges, ends that wait in recv",
-                "The same with sockets that block, which take `--accept-risk blocking-recv`.",
-                times(),
-            ),
+            exchanges: EXCHANGES.map(|(title, note, ..)| table(title, note, times())),
             streams: table(
                 "Streams",
                 "One way, by writes of one size. The shortcut leaves streams to TCP: 1.0x is what it should be.",
@@ -147,13 +164,18 @@ impl Bench {
         let row = subject.to_string();
         for bytes in SIZES {
             let count = if bytes > 1 << 16 { 400 } else { 4000 } / if self.quick { 2 } else { 1 };
-            for style in [Style::Polls, Style::Waits] {
-                let times = exchanges(self.ends(subject)?, style, bytes, (WARM, count))?;
+            for (nth, (_, _, style, cpu)) in EXCHANGES.into_iter().enumerate() {
+                let ends = self.ends(subject)?;
+                // The threads of the ends are where the one is that starts them.
+                let run = || {
+                    pin(cpu).map_err(Into::into).and_then(|()| exchanges(ends, style, bytes, (WARM, count)))
+                };
+                let times = thread::scope(|scope| scope.spawn(run).join());
+                let times = times.map_err(|_| anyhow!("an end has panicked"))??;
                 let times: Vec<_> = times.iter().map(|time| time.as_secs_f64() * 1e6).collect();
-                let table = if style == Style::Polls { &mut self.polls } else { &mut self.waits };
                 for (name, p) in [("p50", 0.5), ("p99", 0.99)] {
                     let value = percentile(&times, p).context("no times")?;
-                    table.add(&row, &format!("{}, {name} us", size(bytes)), value);
+                    self.exchanges[nth].add(&row, &format!("{}, {name} us", size(bytes)), value);
                 }
             }
             let total = if bytes < 1024 { 8 << 20 } else { 256 << 20 };
@@ -202,7 +224,7 @@ impl Bench {
         })
     }
 
-    fn servers(&self) -> Result<[Process; 3]> {
+    fn servers(&self) -> Result<Vec<Process>> {
         let folder = self.folder.display();
         fs::write(self.folder.join("small"), vec![b's'; 612])?;
         fs::write(self.folder.join("large"), vec![b'l'; 1 << 20])?;
@@ -213,9 +235,14 @@ impl Bench {
              keepalive_requests 100000000; sendfile on; server {{ listen 127.0.0.1:{NGINX}; root {folder}; }} }}"
         );
         fs::write(self.folder.join("nginx.conf"), config)?;
-        let redis = format!(
-            "exec redis-server --port {REDIS} --bind 127.0.0.1 --unixsocket {folder}/redis --save '' --loglevel warning"
-        );
+        let redis = |cpus: &str, port: u16| {
+            format!(
+                "exec taskset -c {cpus} redis-server --port {port} --bind 127.0.0.1 --unixsocket {folder}/redis-{port} \
+                 --save '' --loglevel warning"
+            )
+        };
+        let all = format!("0-{}", thread::available_parallelism()?.get() - 1);
+        let (one, redis) = (redis("0", REDIS_ON_ONE), redis(&all, REDIS));
         let nginx = format!("exec nginx -c {folder}/nginx.conf -e stderr");
         // It refuses to run as root.
         let postgres = format!(
@@ -224,10 +251,9 @@ impl Bench {
              $as $bin/initdb --no-sync -A trust -D {folder}/pg/data >&2\n\
              exec $as $bin/postgres -D {folder}/pg/data -p {POSTGRES} -h 127.0.0.1 -k {folder}/pg -c fsync=off"
         );
-        let servers =
-            [(redis, REDIS), (nginx, NGINX), (postgres, POSTGRES)].map(|(c, port)| self.server(&c, port));
-        let [redis, nginx, postgres] = servers;
-        let servers = [redis?, nginx?, postgres?];
+        let servers = [(redis, REDIS), (one, REDIS_ON_ONE), (nginx, NGINX), (postgres, POSTGRES)];
+        let servers = servers.iter().map(|(command, port)| self.server(command, *port));
+        let servers = servers.collect::<Result<Vec<_>>>()?;
         let setup = Load {
             command: format!(
                 "pgbench -h 127.0.0.1 -p {POSTGRES} -U postgres -i -q -s 5 postgres 2>&1; echo ok 1"
@@ -244,8 +270,8 @@ impl Bench {
     }
 
     fn report(&self, args: &Args) -> Result<()> {
-        let tables =
-            vec![self.polls.clone(), self.waits.clone(), self.streams.clone(), self.programs.clone()];
+        let mut tables = self.exchanges.to_vec();
+        tables.extend([self.streams.clone(), self.programs.clone()]);
         let report = Report {
             name: "shortcut",
             title: "The shortcut beside loopback TCP and Unix sockets",
@@ -273,19 +299,27 @@ struct Load {
 
 type Program = (&'static str, fn(&Path, bool) -> Option<Load>);
 
-const PROGRAMS: [Program; 7] = [
-    ("redis, 1 client", |folder, unix| Some(redis(folder, unix, "-c 1 -n 20000"))),
-    ("redis, 50 clients", |folder, unix| Some(redis(folder, unix, "-c 50 -n 60000"))),
-    ("redis, 50 clients, pipelined 16", |folder, unix| Some(redis(folder, unix, "-c 50 -n 500000 -P 16"))),
+const PROGRAMS: [Program; 8] = [
+    ("redis, 1 client, one CPU", |folder, unix| Some(redis(folder, unix, REDIS_ON_ONE, "-c 1 -n 60000"))),
+    ("redis, 1 client", |folder, unix| Some(redis(folder, unix, REDIS, "-c 1 -n 20000"))),
+    ("redis, 50 clients", |folder, unix| Some(redis(folder, unix, REDIS, "-c 50 -n 60000"))),
+    ("redis, 50 clients, pipelined 16", |folder, unix| {
+        Some(redis(folder, unix, REDIS, "-c 50 -n 500000 -P 16"))
+    }),
     ("nginx, 612 B", |_, unix| wrk(unix, "small")),
     ("nginx, 1 MiB", |_, unix| wrk(unix, "large")),
     ("PostgreSQL, 1 client", |folder, unix| Some(pgbench(folder, unix, 1))),
     ("PostgreSQL, 8 clients", |folder, unix| Some(pgbench(folder, unix, 8))),
 ];
 
-fn redis(folder: &Path, unix: bool, load: &str) -> Load {
-    let to = if unix { format!("-s {}/redis", folder.display()) } else { format!("-p {REDIS}") };
-    Load { command: format!("redis-benchmark {to} -t get -q {load}"), before: "GET: ", after: " requests" }
+fn redis(folder: &Path, unix: bool, port: u16, load: &str) -> Load {
+    let to = if unix { format!("-s {}/redis-{port}", folder.display()) } else { format!("-p {port}") };
+    let on = if port == REDIS_ON_ONE { "taskset -c 0 " } else { "" };
+    Load {
+        command: format!("{on}redis-benchmark {to} -t get -q {load}"),
+        before: "GET: ",
+        after: " requests",
+    }
 }
 
 fn wrk(unix: bool, file: &str) -> Option<Load> {
