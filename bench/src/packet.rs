@@ -83,7 +83,7 @@ pub fn load(object: &mut Ebpf, name: &str) -> Result<()> {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let c = c_object()?;
+    let c = c_object("packet.c", include_str!("packet.c"))?;
     let xdp = [
         Subject::load("bare XDP_PASS", object::PACKET, "packet_bare_pass_xdp")?,
         Subject::load("underpass", object::PACKET, "packet_pass_xdp")?,
@@ -163,12 +163,12 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// The C program, built now.
-fn c_object() -> Result<Vec<u8>> {
-    say("building packet.c");
+/// Programs in C, built now.
+pub fn c_object(name: &str, text: &str) -> Result<Vec<u8>> {
+    say(format_args!("building {name}"));
     let folder = tempfile::tempdir()?;
-    let (source, target) = (folder.path().join("packet.c"), folder.path().join("packet.o"));
-    std::fs::write(&source, include_str!("packet.c"))?;
+    let (source, target) = (folder.path().join(name), folder.path().join("object.o"));
+    std::fs::write(&source, text)?;
     let status = Command::new("clang")
         .args(["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-c"])
         .arg(&source)
@@ -176,6 +176,6 @@ fn c_object() -> Result<Vec<u8>> {
         .arg(&target)
         .status()
         .context("cannot start clang; run ./dev setup bench")?;
-    ensure!(status.success(), "packet.c does not build");
+    ensure!(status.success(), "{name} does not build");
     Ok(std::fs::read(&target)?)
 }

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::{Ebpf, programs::RawTracePoint};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
@@ -24,6 +25,7 @@ use underpass::lab::Namespace;
 
 use crate::{
     load::{Clients, Server, many_ports},
+    packet::c_object,
     process::Process,
     report::{Args, Measure, Report, Table, number, percentile, rounds, say},
 };
@@ -33,6 +35,9 @@ use crate::{
 enum Watcher {
     Nobody,
     Underpass,
+    /// Programs that return at once, where `underpass watch` has its own: what the kernel
+    /// takes for calling them, and so what no watcher at these places can be below.
+    Empty,
     /// One event per packet from TC, in the manner of the project's ancestor.
     PerPacket,
     Bpftrace,
@@ -45,6 +50,7 @@ impl fmt::Display for Watcher {
         f.write_str(match self {
             Self::Nobody => "unwatched",
             Self::Underpass => "underpass watch",
+            Self::Empty => "empty programs",
             Self::PerPacket => "event per packet",
             Self::Bpftrace => "bpftrace",
             Self::Tcplife => "tcplife",
@@ -66,7 +72,7 @@ const REACHED: &str = "connections/s";
 const ENDS: &str = "ends told, of 100";
 const EVENTS: &str = "ends that found the ring full";
 const CHANGES: &str = "state changes not handed over";
-/// How many rounds there are of us and nobody; the peers take part in every fourth.
+/// How many rounds there are of us, nobody and nothing; the peers take part in every fourth.
 const ROUNDS: usize = 12;
 const PEERS_EVERY: usize = 4;
 /// How many clients connect as fast as they can, for the highest rate.
@@ -87,12 +93,15 @@ pub fn run(args: &Args) -> Result<()> {
     tracing_mounted()?;
     let mut bench = Bench::new()?;
     let peers = [Watcher::PerPacket, Watcher::Bpftrace, Watcher::Tcplife, Watcher::Bandwhich];
-    let peers: Vec<_> = peers.into_iter().filter(|watcher| watcher.is_there()).collect();
+    let there = |watchers: &[Watcher]| -> Vec<_> {
+        watchers.iter().copied().filter(|watcher| watcher.is_there()).collect()
+    };
+    let always = there(&[Watcher::Nobody, Watcher::Underpass, Watcher::Empty]);
+    let peers = there(&peers);
     for round in 0..if args.quick { 1 } else { ROUNDS } {
-        let both = [Watcher::Nobody, Watcher::Underpass];
         let others = if round % PEERS_EVERY == 0 { &peers[..] } else { &[] };
         say(format_args!("round {} of {ROUNDS}", round + 1));
-        rounds(1, &[&both[..], others].concat(), |watcher| bench.load(*watcher))?;
+        rounds(1, &[&always[..], others].concat(), |watcher| bench.load(*watcher))?;
     }
     say("the highest rate");
     for crowd in CROWDS {
@@ -203,6 +212,7 @@ impl Bench {
     fn load(&mut self, watcher: Watcher) -> Result<()> {
         let row = watcher.to_string();
         let running = Running::start(watcher, &self.client)?;
+        let _empty = if watcher == Watcher::Empty { empty_programs()? } else { vec![] };
         let at = SocketAddr::from((SERVER, 5001));
         let lo = SocketAddr::from((Ipv4Addr::LOCALHOST, 5002));
         let _far = Server::start(&self.server, at, None)?;
@@ -224,7 +234,7 @@ impl Bench {
         let before = running.run_time()?;
         let rate = over_lo.short_paced(16, PACE, self.time)?;
         thread::sleep(Duration::from_millis(300));
-        if watcher != Watcher::Nobody {
+        if !matches!(watcher, Watcher::Nobody | Watcher::Empty) {
             let spent = running.run_time()? - before;
             self.own.add(&row, CPU, spent * 1e3 / self.time.as_secs_f64());
             self.own.add(&row, RATE, rate);
@@ -298,18 +308,20 @@ impl Bench {
     fn report(self, args: &Args) -> Result<()> {
         let mut findings = vec![];
         let (nobody, us) = (Watcher::Nobody.to_string(), Watcher::Underpass.to_string());
+        let empty = Watcher::Empty.to_string();
         for measure in &self.cost.measures {
-            let pairs = self.cost.samples(&nobody, &measure.name).zip(self.cost.samples(&us, &measure.name));
-            let changes: Vec<_> = pairs.map(|(without, with)| (with / without - 1.0) * 100.0).collect();
-            let [Some(low), Some(half), Some(high)] = [0.25, 0.5, 0.75].map(|p| percentile(&changes, p))
-            else {
-                continue;
+            let change = |row: &str| {
+                let pairs =
+                    self.cost.samples(&nobody, &measure.name).zip(self.cost.samples(row, &measure.name));
+                let changes: Vec<_> = pairs.map(|(without, with)| (with / without - 1.0) * 100.0).collect();
+                let [low, half, high] = [0.25, 0.5, 0.75].map(|p| percentile(&changes, p));
+                Some(format!("{:+.1} % (quartiles {:+.1} and {:+.1} %)", half?, low?, high?))
             };
-            findings.push(format!(
-                "{}: watched {half:+.1} %, the median of {} neighbouring pairs (quartiles {low:+.1} and {high:+.1} %).",
-                measure.name,
-                changes.len()
-            ));
+            let Some(ours) = change(&us) else { continue };
+            let bound =
+                change(&empty).map(|bound| format!("; with empty programs {bound}")).unwrap_or_default();
+            findings
+                .push(format!("{}: watched {ours}{bound}, the medians of neighbouring pairs.", measure.name));
         }
         let cpu = |watcher: &str| self.own.median(watcher, CPU);
         let peers = self.own.rows().filter(|row| *row != us);
@@ -398,13 +410,35 @@ tells each connection with its process, bytes and names. `bpftrace` prints one l
 tracepoint, with process and addresses but without bytes. `tcplife` (libbpf-tools) prints one line per connection, with \
 process and bytes. `bandwhich --raw` sniffs packets and looks processes up in procfs. The event per packet stands for the \
 project's ancestor: `underpass watch --interface --packets`, a TC classifier on the veth's end, at most 10,000 packets a \
-second and CPU. What is not in the tables was not installed.";
+second and CPU. The empty programs return at once, where the programs of `underpass watch` look at what TCP does: what \
+the kernel takes for calling them. What is not in the tables was not installed.";
 
 /// The script for bpftrace: who, what state, where to.
 const SCRIPT: &str = r#"tracepoint:sock:inet_sock_set_state /args->protocol == 6/ {
     printf("%d %s %d %d %s %d %s %d\n", pid, comm, args->oldstate, args->newstate,
         ntop(args->saddr), args->sport, ntop(args->daddr), args->dport);
 }"#;
+
+/// What `underpass watch` attaches to what TCP does: two programs to a change of state, one
+/// to each call.
+const PLACES: [&str; 4] =
+    ["inet_sock_set_state", "inet_sock_set_state", "sock_send_length", "sock_recv_length"];
+
+/// A program at each of these places that does nothing, until dropped.
+fn empty_programs() -> Result<Vec<Ebpf>> {
+    let text = c_object("empty.c", include_str!("empty.c"))?;
+    PLACES
+        .map(|place| {
+            let mut object = Ebpf::load(&text)?;
+            let program = object.program_mut("empty").context("empty.c has no program")?;
+            let program: &mut RawTracePoint = program.try_into()?;
+            program.load()?;
+            program.attach(place).with_context(|| format!("cannot attach to {place}"))?;
+            Ok(object)
+        })
+        .into_iter()
+        .collect()
+}
 
 fn starts(program: &str) -> bool {
     Command::new(program).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
@@ -422,6 +456,7 @@ impl Watcher {
     fn is_there(self) -> bool {
         let found = match self {
             Self::Nobody | Self::Underpass | Self::PerPacket => true,
+            Self::Empty => starts("clang"),
             Self::Bpftrace => starts("bpftrace"),
             Self::Tcplife => starts("tcplife"),
             Self::Bandwhich => bandwhich().is_ok(),
@@ -434,7 +469,7 @@ impl Watcher {
 
     fn command(self) -> Result<Option<Command>> {
         let mut command = match self {
-            Self::Nobody => return Ok(None),
+            Self::Nobody | Self::Empty => return Ok(None),
             Self::Underpass | Self::PerPacket => Command::new(crate::peers::sibling("underpass")?),
             Self::Bpftrace => Command::new("bpftrace"),
             Self::Tcplife => Command::new("tcplife"),
@@ -445,11 +480,14 @@ impl Watcher {
             Self::PerPacket => drop(command.args(["watch", "--json", "--interface", "server", "--packets"])),
             Self::Bpftrace => drop(command.args(["-e", SCRIPT])),
             Self::Bandwhich => drop(command.args(["--raw", "--no-resolve"])),
-            Self::Nobody | Self::Tcplife => {}
+            Self::Nobody | Self::Empty | Self::Tcplife => {}
         }
         Ok(Some(command))
     }
 }
+
+/// Long enough to load and attach; most do not say when they have.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// A watcher at work, or nobody.
 pub struct Running {
@@ -460,7 +498,11 @@ impl Running {
     fn start(watcher: Watcher, namespace: &Namespace) -> Result<Self> {
         match watcher.command()? {
             Some(command) => Self::begin(command, &watcher.to_string(), namespace),
-            None => Ok(Self { watcher: None }),
+            // As long as a watcher is waited for: what rests has more ports free.
+            None => {
+                thread::sleep(SETTLE);
+                Ok(Self { watcher: None })
+            }
         }
     }
 
@@ -476,8 +518,7 @@ impl Running {
             let _ = errors.read_to_end(&mut notes);
             String::from_utf8_lossy(&notes).into_owned()
         });
-        // Long enough to load and attach; most do not say when they have.
-        thread::sleep(Duration::from_secs(3));
+        thread::sleep(SETTLE);
         if let Some(status) = program.child.try_wait()? {
             bail!("{watcher} has ended ({status}): {}", notes.join().unwrap_or_default().trim());
         }
