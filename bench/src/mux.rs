@@ -37,6 +37,7 @@ use underpass::{
 use crate::{
     dnsguard::{command, mac},
     load::{Clients, Server, many_ports},
+    peers::workplace,
     process::Process,
     report::{Args, Measure, Report, Table, median, rounds, say},
 };
@@ -319,7 +320,7 @@ fn stream(between: Between, time: Duration) -> Result<f64> {
     command(&host, "ethtool", &["-K", "eth0", "gro", "on"])?;
     let service = host.enter(|| UdpSocket::bind((HOST, 5001)))?;
     service.set_read_timeout(Some(Duration::from_millis(100)))?;
-    let config = std::env::temp_dir().join(format!("underpass-bench-{}.conf", std::process::id()));
+    let config = workplace()?.join("mux-stream.conf");
     let running = match between {
         Between::Underpass(hook) => {
             let mut attach = underpass()?;
@@ -464,8 +465,7 @@ fn forwarder(
     listen: SocketAddr,
     to: SocketAddr,
 ) -> Result<Option<Process>> {
-    let config =
-        std::env::temp_dir().join(format!("underpass-bench-{}-{}", std::process::id(), listen.port()));
+    let config = workplace()?.join(format!("mux-{}.conf", listen.port()));
     let mut command = match between {
         Between::Underpass(path) => {
             let mut command = underpass()?;

@@ -193,7 +193,7 @@ pub fn sibling(name: &str) -> Result<PathBuf> {
 }
 
 /// Where configurations and logs of peers lie, beside the binaries.
-fn workplace() -> Result<PathBuf> {
+pub fn workplace() -> Result<PathBuf> {
     let folder = std::env::current_exe()?.with_file_name("bench-work");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)

@@ -129,25 +129,31 @@ fn measure(look: Look, namespace: &Namespace, time: Duration, table: &mut Table)
 }
 
 /// Chromium with the page open, driven by ui/test/bench.mjs.
-struct Page(std::process::Child);
+struct Page {
+    node: std::process::Child,
+    _folder: tempfile::TempDir,
+}
 
 impl Page {
     fn open(namespace: &Namespace, time: Duration) -> Result<Self> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/app/ui/test/bench.mjs");
         let mut node = Command::new("node");
         node.arg(script).arg(time.as_millis().to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // The browser's files go with it.
+        let folder = tempfile::tempdir()?;
+        node.env("TMPDIR", folder.path());
         let mut node = namespace.spawn(&mut node).context("cannot start node")?;
         // It says a word when the page has been live for a while.
         let mut word = [0; 6];
         node.stdout.as_mut().context("no stdout")?.read_exact(&mut word).context("the page did not open")?;
-        Ok(Self(node))
+        Ok(Self { node, _folder: folder })
     }
 
     fn measure(mut self) -> Result<serde_json::Value> {
-        self.0.stdin.take().context("no stdin")?.write_all(b"go\n")?;
+        self.node.stdin.take().context("no stdin")?.write_all(b"go\n")?;
         let mut told = String::new();
-        self.0.stdout.take().context("no stdout")?.read_to_string(&mut told)?;
-        ensure!(self.0.wait()?.success(), "the page could not be measured: {told}");
+        self.node.stdout.take().context("no stdout")?.read_to_string(&mut told)?;
+        ensure!(self.node.wait()?.success(), "the page could not be measured: {told}");
         serde_json::from_str(&told).with_context(|| format!("not JSON: {told}"))
     }
 }
