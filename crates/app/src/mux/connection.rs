@@ -29,7 +29,7 @@ use crate::{
     relay::{
         dial,
         engine::Engine,
-        front::{Client, Front},
+        front::{Client, Front, NO_HEADER},
         report,
         worker::{Taken, Undecided},
     },
@@ -221,7 +221,7 @@ impl Connections {
                 Taken::Gone
             }
             Look::Wait(_) if client.owes_header => {
-                self.front.turn_away(&format_args!("{} sent no whole PROXY protocol header", client.peer));
+                self.front.turn_away(&format_args!("{}: {NO_HEADER}", client.peer));
                 Taken::Gone
             }
             // No more is waited for: what is there decides.

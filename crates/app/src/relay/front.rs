@@ -56,6 +56,9 @@ pub struct Front {
     refusals: Mutex<Refusals>,
 }
 
+/// Why a client is turned away that was let in and then kept its header back.
+pub const NO_HEADER: &str = "it sent no whole PROXY protocol header";
+
 /// A client that was let in.
 #[derive(Debug)]
 pub struct Client {
@@ -168,7 +171,7 @@ impl Front {
                 Taken::Waits(Undecided { client, until, look: Box::new(look) })
             }
             Ok(false) => {
-                self.turn_away(&format_args!("{} sent no whole PROXY protocol header", client.peer));
+                self.turn_away(&format_args!("{}: {NO_HEADER}", client.peer));
                 Taken::Gone
             }
             Err(why) => {
@@ -185,7 +188,7 @@ impl Front {
         }
         let (peer, until) = (client.peer, client.begun + self.args.connect_timeout);
         let heard = tokio::time::timeout_at(until.into(), hear_all(client)).await;
-        match heard.unwrap_or(Err("it sent no whole PROXY protocol header")) {
+        match heard.unwrap_or(Err(NO_HEADER)) {
             Ok(client) => Some(client),
             Err(why) => {
                 self.turn_away(&format_args!("{peer}: {why}"));
