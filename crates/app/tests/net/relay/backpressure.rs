@@ -134,7 +134,8 @@ fn far_away(path: Path, family: Family) {
     let mut got = back.clone();
     send_until_stopped(&mut back, &server);
     let held = back.count - before;
-    assert!(held <= MOST, "{held} bytes were taken though nobody reads");
+    // The kernel lets sockets grow with what a long wire has on its way.
+    assert!(held <= 2 * MOST, "{held} bytes were taken though nobody reads");
     server.shutdown(Shutdown::Write).unwrap();
     got.receive(&client, held);
     expect_end(&client);
