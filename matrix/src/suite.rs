@@ -97,7 +97,14 @@ const STEPS: &[Step] = &[
         ..slow(tests("relay", "pair", "net", &["relay::pair::"], &["::copy", "::splice", "socat"]))
     },
     tests("mux", "prog_run", "prog_run", &["mux::hits_move", "mux::replies_leave"], &[]),
-    slow(tests("mux", "prog_run more", "prog_run", &["mux::"], &["hits_move", "replies_leave"])),
+    // What the verifier spends is in the budget, kernel by kernel.
+    slow(tests(
+        "mux",
+        "prog_run more",
+        "prog_run",
+        &["mux::"],
+        &["hits_move", "replies_leave", "the_verifier_spends"],
+    )),
     // Each hook, with real datagrams, both families.
     Step {
         needs_peers: true,
@@ -127,7 +134,13 @@ const STEPS: &[Step] = &[
         ))
     },
     tests("dnsguard", "prog_run", "prog_run", &["dnsguard::every_known", "dnsguard::tags_and"], &[]),
-    slow(tests("dnsguard", "prog_run more", "prog_run", &["dnsguard::"], &["every_known", "tags_and"])),
+    slow(tests(
+        "dnsguard",
+        "prog_run more",
+        "prog_run",
+        &["dnsguard::"],
+        &["every_known", "tags_and", "the_verifier_spends"],
+    )),
     // Attaches and detaches, with an injector on the wire.
     command("dnsguard", "guards", &["demo", "--json", "--only", "dnsguard"]),
     Step {

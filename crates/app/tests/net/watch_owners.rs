@@ -17,6 +17,7 @@ use super::{
     watch::{Watch, number, select},
     watch_kinds::python,
 };
+use crate::kit::accept;
 
 /// A Python server in the namespace that prints its port first.
 fn server(namespace: &Namespace, program: &str) -> (std::process::Child, u16) {
@@ -225,14 +226,15 @@ fn from_a_cgroup(name: &str) -> Value {
     let watch = Watch::start(&[]);
     let listener = namespace.enter(|| TcpListener::bind("127.0.0.1:0")).unwrap();
     let port = listener.local_addr().unwrap().port();
-    let mut shell = Command::new("sh");
+    // Of shells this one starts the program: busybox has an nc of its own.
+    let mut shell = Command::new("bash");
     shell.args([
         "-c",
         &format!("echo $$ > '{}/cgroup.procs'; echo hello | nc -N 127.0.0.1 {port}", cgroup.0.display()),
     ]);
     let mut shell = namespace.spawn(&mut shell).unwrap();
     let mut got = String::new();
-    listener.accept().unwrap().0.read_to_string(&mut got).unwrap();
+    accept(&listener).read_to_string(&mut got).unwrap();
     assert_eq!(got, "hello\n");
     assert!(shell.wait().unwrap().success());
     let (lines, _) = watch.end();
